@@ -1,0 +1,119 @@
+#include "block_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "thread_pool.h"
+
+namespace rheo {
+namespace {
+
+// A run is the unit of work: this many blocks of one (request, KV head). Its length never
+// depends on the batch or the thread count, so neither does the order of additions, and a
+// request gets the same bits alone or in company.
+constexpr int kRunBlocks = 16;
+
+struct Task {
+  int pair;   // request * kv_heads + head
+  int begin;  // first listed block
+  int state;  // row in the partial states
+};
+
+void check(const AttendArgs& a) {
+  for (int pair = 0; pair < a.batch * a.kv_heads; ++pair) {
+    const std::string where =
+        " for request " + std::to_string(pair / a.kv_heads) + ", KV head " + std::to_string(pair % a.kv_heads);
+    const int count = a.counts[pair];
+    if (count < 0 || count > a.max_list)
+      throw std::out_of_range("count " + std::to_string(count) + " is not in [0, " + std::to_string(a.max_list) + "]" + where);
+    if (count > 0 && (a.last_len[pair] < 1 || a.last_len[pair] > kBlockTokens))
+      throw std::out_of_range("last_len " + std::to_string(a.last_len[pair]) + " is not in [1, 64]" + where);
+    const int32_t* ids = a.lists + static_cast<int64_t>(pair) * a.max_list;
+    for (int i = 0; i < count; ++i)
+      if (ids[i] < 0 || ids[i] >= a.num_blocks)
+        throw std::out_of_range("block " + std::to_string(ids[i]) + " is not in [0, " + std::to_string(a.num_blocks) + ")" + where);
+  }
+}
+
+// Folds the states of one pair, in list order, and writes its output and LSE.
+void finish(const AttendArgs& a, int pair, int first, int runs, const float* maxes,
+            const float* sums, const float* accs) {
+  const int row = a.group * a.dim;
+  for (int h = 0; h < a.group; ++h) {
+    float top = -std::numeric_limits<float>::infinity();
+    for (int r = first; r < first + runs; ++r) top = std::max(top, maxes[r * a.group + h]);
+    float* out = a.out + static_cast<int64_t>(pair) * row + h * a.dim;
+    std::fill(out, out + a.dim, 0.0f);
+    float total = 0.0f;
+    for (int r = first; r < first + runs; ++r) {
+      const float m = maxes[r * a.group + h];
+      const float w = m == top ? 1.0f : std::exp(m - top);
+      total += w * sums[r * a.group + h];
+      const float* acc = accs + static_cast<int64_t>(r) * row + h * a.dim;
+      for (int j = 0; j < a.dim; ++j) out[j] += w * acc[j];
+    }
+    a.lse[pair * a.group + h] = runs == 0 ? -std::numeric_limits<float>::infinity() : top + std::log(total);
+    const float inverse = runs == 0 ? 0.0f : 1.0f / total;
+    for (int j = 0; j < a.dim; ++j) out[j] *= inverse;
+  }
+}
+
+}  // namespace
+
+void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool) {
+  check(a);
+  const int pairs = a.batch * a.kv_heads;
+  const int row = a.group * a.dim;
+  std::vector<Task> tasks;
+  std::vector<int> first(pairs + 1, 0);
+  for (int pair = 0; pair < pairs; ++pair) {
+    first[pair] = static_cast<int>(tasks.size());
+    for (int b = 0; b < a.counts[pair]; b += kRunBlocks)
+      tasks.push_back({pair, b, static_cast<int>(tasks.size())});
+  }
+  const int runs = first[pairs] = static_cast<int>(tasks.size());
+
+  std::vector<float> scaled(static_cast<size_t>(pairs) * row);
+  for (size_t i = 0; i < scaled.size(); ++i) scaled[i] = a.q[i] * a.scale;
+  std::vector<float> maxes(static_cast<size_t>(runs) * a.group, -std::numeric_limits<float>::infinity());
+  std::vector<float> sums(static_cast<size_t>(runs) * a.group, 0.0f);
+  std::vector<float> accs(static_cast<size_t>(runs) * row, 0.0f);
+
+  const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
+  pool.run(runs, [&](int i) {
+    const Task& task = tasks[i];
+    const int left = a.counts[task.pair] - task.begin;
+    Run run;
+    run.q = scaled.data() + static_cast<size_t>(task.pair) * row;
+    run.blocks = a.blocks;
+    run.ids = a.lists + static_cast<int64_t>(task.pair) * a.max_list + task.begin;
+    run.count = std::min(left, kRunBlocks);
+    run.last_len = left <= kRunBlocks ? a.last_len[task.pair] : kBlockTokens;
+    run.group = a.group;
+    run.dim = a.dim;
+    kernel(run, {maxes.data() + static_cast<size_t>(i) * a.group, sums.data() + static_cast<size_t>(i) * a.group,
+                 accs.data() + static_cast<size_t>(i) * row});
+  });
+  for (int pair = 0; pair < pairs; ++pair)
+    finish(a, pair, first[pair], first[pair + 1] - first[pair], maxes.data(), sums.data(), accs.data());
+}
+
+void merge(const float* out_a, const float* lse_a, const float* out_b, const float* lse_b,
+           float* out, float* lse, int64_t rows, int dim) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float top = std::max(lse_a[r], lse_b[r]);
+    const bool empty = top == -std::numeric_limits<float>::infinity();
+    const float wa = empty ? 0.0f : std::exp(lse_a[r] - top);
+    const float wb = empty ? 0.0f : std::exp(lse_b[r] - top);
+    const float inverse = empty ? 0.0f : 1.0f / (wa + wb);
+    lse[r] = empty ? top : top + std::log(wa + wb);
+    for (int j = 0; j < dim; ++j)
+      out[r * dim + j] = (wa * out_a[r * dim + j] + wb * out_b[r * dim + j]) * inverse;
+  }
+}
+
+}  // namespace rheo

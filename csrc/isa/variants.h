@@ -1,0 +1,16 @@
+// What was compiled in. CMake defines RHEO_X86 or RHEO_ARM64 by the target processor.
+#pragma once
+
+#include "../block_attention.h"
+
+namespace rheo {
+
+extern const Variant kScalar;
+#if defined(RHEO_X86)
+extern const Variant kAvx2;
+extern const Variant kAvx512;
+#elif defined(RHEO_ARM64)
+extern const Variant kNeon;
+#endif
+
+}  // namespace rheo

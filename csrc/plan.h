@@ -1,0 +1,37 @@
+// The plan of a decode step: selection, then two lists by residency (rheoserve_sgl/ops/plan.py).
+#pragma once
+
+#include <cstdint>
+
+namespace rheo {
+
+enum class Select : int { kAll = 0, kForced = 1, kBudget = 2, kThreshold = 3 };
+
+struct PlanRule {
+  Select select;
+  int sink_pages, window_pages, budget_pages;
+  float log_threshold;
+  bool selected_only;
+};
+
+struct Visit {
+  int32_t* blocks;    // [batch, kv_heads, max_pages]
+  int32_t* count;     // [batch, kv_heads]
+  int32_t* last_len;  // [batch, kv_heads]
+};
+
+struct PlanArgs {
+  const float* scores;      // [batch, kv_heads, max_pages], or null if the rule needs none
+  const int64_t* pages;     // [batch, max_pages]
+  const int32_t* n_pages;   // [batch]
+  const int32_t* tail_len;  // [batch]
+  const int32_t* frame_of;  // [all_pages, kv_heads]
+  int batch, kv_heads, max_pages;
+  int64_t all_pages;
+  Visit device, host;
+};
+
+// Throws std::out_of_range for a page or a page count outside its bounds.
+void plan(const PlanRule& rule, const PlanArgs& args);
+
+}  // namespace rheo

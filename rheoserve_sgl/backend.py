@@ -1,0 +1,155 @@
+"""The attention backend: one layer's way through both tiers, in reading order."""
+
+import logging
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.hooks import require_hooks
+from rheoserve_sgl.ops.attention import attend
+from rheoserve_sgl.ops.extension import usable_threads, worker_pool
+from rheoserve_sgl.ops.merge import merge
+from rheoserve_sgl.ops.plan import Rule, Select, Visit, plan
+from rheoserve_sgl.ops.prefill import prefill_attention
+from rheoserve_sgl.ops.score import score
+from rheoserve_sgl.refusals import refuse_layers
+from rheoserve_sgl.runtime.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class RheoAttnBackend(AttentionBackend):
+    """Decode over frames and host blocks merged by LSE; full attention in prefill."""
+
+    def __init__(self, model_runner):
+        super().__init__()
+        require_hooks()
+        refuse_layers(model_runner.model)
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool: TwoTierKVPool = model_runner.token_to_kv_pool
+        if not isinstance(self.token_to_kv_pool, TwoTierKVPool):
+            raise RuntimeError(
+                f"RheoServe's KV pool is not in place (found {type(self.token_to_kv_pool).__name__}); "
+                "another plugin may have replaced it: see SGLANG_PLUGINS"
+            )
+        self.coordinator = self.token_to_kv_pool.coordinator
+        self.config = self.token_to_kv_pool.config
+        self.rule = decode_rule(self.config)
+        ranks = max(model_runner.ps.tp_size, 1)
+        self.threads = self.config.host_threads or max(usable_threads() // ranks, 1)
+        self.batch: Batch | None = None
+        logger.info("RheoServe: CPU attention by %s on %d threads", worker_pool(self.threads).variant, self.threads)
+
+    def init_forward_metadata(self, forward_batch):
+        """Build the page table, and let the coordinator move blocks before a decode step."""
+        if forward_batch.forward_mode.is_idle():
+            self.coordinator.settle()
+            return
+        lens = forward_batch.seq_lens_cpu
+        self.batch = Batch.build(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            int(lens.max() if lens is not None else forward_batch.seq_lens.max()),
+            self.config.sink_pages,
+            self.config.window_pages,
+        )
+        if forward_batch.forward_mode.is_decode():
+            self.coordinator.begin_decode(self.batch)
+        else:
+            self.coordinator.settle()
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        pool, batch = self.token_to_kv_pool, self.batch
+        index = layer.layer_id - pool.start_layer
+        self._store(layer, forward_batch, k, v, save_kv_cache)
+        if save_kv_cache and k is not None:
+            newest = batch.pages.gather(1, batch.n_pages[:, None].long() - 1)[:, 0]
+            pool.refresh_quick_keys(index, newest, batch.tail_len)
+        heads = q.float().view(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
+        scores = None
+        if self.rule.needs_scores:
+            scores = self._score(index, heads, layer.scaling)
+            self.coordinator.record(index, batch, scores, fresh=False)
+        steps = plan(self.rule, scores, batch.pages, batch.n_pages, batch.tail_len, pool.residency.frame_of[index])
+        self.coordinator.count_visits(int(steps.device.count.sum()), int(steps.host.count.sum()))
+        on_device = attend(heads, pool.frames.layers[index], steps.device, layer.scaling, self.threads)
+        on_host = self._attend_host(index, heads, steps.host, layer.scaling)
+        out, _ = merge(*on_device, *on_host)
+        return out.view(len(out), -1).to(q.dtype)
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        pool, batch = self.token_to_kv_pool, self.batch
+        index = layer.layer_id - pool.start_layer
+        self._store(layer, forward_batch, k, v, save_kv_cache)
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        out = torch.empty_like(q)
+        start = 0
+        prefixes = forward_batch.extend_prefix_lens_cpu
+        lengths = forward_batch.extend_seq_lens_cpu
+        for row, (before, new) in enumerate(zip(prefixes, lengths, strict=True)):
+            tokens = slice(start, start + new)
+            if new:
+                prefix = self._gather_prefix(index, batch.pages[row], before)
+                out[tokens] = prefill_attention(q[tokens], k[tokens], v[tokens], prefix, layer.scaling)
+            start += new
+        if save_kv_cache:
+            self._summarise(index, batch, prefixes, lengths, q, layer)
+        return out.view(len(out), -1)
+
+    def _store(self, layer, forward_batch, k, v, save_kv_cache):
+        if save_kv_cache and k is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+
+    def _score(self, index: int, heads: torch.Tensor, scale: float) -> torch.Tensor:
+        """Gate scores of queries `[batch, kv_heads, group, head_dim]` over the batch's pages."""
+        quick = self.token_to_kv_pool.quick
+        return score(quick.gate.query(heads), quick.layers[index], self.batch.pages, self.batch.valid, scale)
+
+    def _attend_host(self, index: int, heads: torch.Tensor, visit: Visit, scale: float):
+        """The CPU's part: the planned blocks in place, wherever the queries are."""
+        if heads.device.type != "cpu":
+            visit = Visit(visit.blocks.cpu(), visit.count.cpu(), visit.last_len.cpu())
+        out, lse = attend(heads.cpu().contiguous(), self.token_to_kv_pool.host.blocks(index), visit, scale, self.threads)
+        return out.to(heads.device), lse.to(heads.device)
+
+    def _gather_prefix(self, index: int, pages: torch.Tensor, tokens: int):
+        """K and V of a request's first tokens, `[2, kv_heads, tokens, head_dim]`, or None."""
+        if tokens == 0:
+            return None
+        needed = (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
+        prefix = self.token_to_kv_pool.host.gather(index, pages[:needed].cpu())
+        return prefix[:, :, :tokens].to(self.token_to_kv_pool.device)
+
+    def _summarise(self, index: int, batch: Batch, prefixes, lengths, q, layer):
+        """Gate keys of the pages that were written, and a first importance from each last query."""
+        pool = self.token_to_kv_pool
+        device = batch.pages.device
+        prefixes = torch.tensor(prefixes, device=device)
+        lengths = torch.tensor(lengths, device=device)
+        seq_lens = prefixes + lengths
+        at = torch.arange(batch.pages.shape[1], device=device)
+        written = batch.valid & (at >= (prefixes // PAGE_TOKENS)[:, None]) & (lengths > 0)[:, None]
+        filled = (seq_lens[:, None] - at * PAGE_TOKENS).clamp(max=PAGE_TOKENS)
+        pool.refresh_quick_keys(index, batch.pages[written], filled[written])
+        if self.config.mode == "balanced":
+            last = (torch.cumsum(lengths, 0) - 1).clamp(min=0)
+            heads = q[last].float().view(len(lengths), pool.head_num, -1, layer.head_dim)
+            scores = self._score(index, heads, layer.scaling)
+            self.coordinator.record(index, batch, scores, fresh=True)
+
+
+def decode_rule(config) -> Rule:
+    """How a decode step selects blocks under these settings."""
+    pages = {"sink_pages": config.sink_pages, "window_pages": config.window_pages}
+    if config.mode == "full":
+        return Rule(Select.ALL, **pages, selected_only=config.attends_selected_only)
+    if config.mode == "window":
+        return Rule(Select.FORCED, **pages, selected_only=True)
+    if config.threshold is not None:
+        log_threshold = torch.log(torch.tensor(config.threshold)).item()
+        return Rule(Select.THRESHOLD, **pages, log_threshold=log_threshold, selected_only=config.attends_selected_only)
+    return Rule(Select.BUDGET, **pages, budget_pages=config.budget_pages, selected_only=config.attends_selected_only)

@@ -1,0 +1,135 @@
+"""The two-tier KV pool: what SGLang sees as its KV cache."""
+
+import logging
+import time
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.cache.frames import Frames
+from rheoserve_sgl.cache.host_store import HostStore
+from rheoserve_sgl.cache.quick_keys import QuickKeys
+from rheoserve_sgl.cache.residency import Residency
+from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.gate import make_gate
+
+logger = logging.getLogger(__name__)
+GIB = 1 << 30
+
+
+class TwoTierKVPool(MHATokenToKVPool):
+    """Host store, frames, residency and quick keys behind SGLang's pool interface.
+
+    Locations are *logical* token ids, `page * 64 + offset`, of the host store; SGLang's allocator,
+    `req_to_token` and radix tree use them unchanged. Only this class and the coordinator know frames.
+
+    Args (beyond MHATokenToKVPool's):
+        size: logical tokens, the host store's capacity
+        config: settings, with `device_tokens` resolved
+    """
+
+    def __init__(self, size: int, *, config: RheoConfig, **kwargs):
+        self.config = config
+        self.frame_count = config.device_tokens // PAGE_TOKENS * kwargs["head_num"]
+        super().__init__(size, page_size=PAGE_TOKENS, **kwargs)
+
+    def _create_buffers(self):
+        began = time.perf_counter()
+        pages = self.size // PAGE_TOKENS + 1  # page 0 is the padding sink
+        on_gpu = torch.device(self.device).type == "cuda"
+        shape = (self.layer_num, pages, self.head_num)
+        self.k_buffer, self.v_buffer = [], []  # SGLang's own buffers stay empty
+        self.host = HostStore(*shape, self.head_dim, self.store_dtype, pin=on_gpu)
+        self.frames = Frames(self.layer_num, self.frame_count, self.head_dim, self.store_dtype, self.device)
+        self.residency = Residency(*shape, self.frame_count, self.device)
+        self.quick = QuickKeys(*shape, self.head_dim, make_gate(self.config.selector), self.device)
+        self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        logger.info(
+            "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, %.1f s",
+            self.host.nbytes / GIB, self.size, ", pinned" if on_gpu else "",
+            self.frames.nbytes / GIB, self.frame_count // self.head_num * PAGE_TOKENS,
+            self.quick.nbytes / GIB, time.perf_counter() - began,
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        return 2 * PAGE_TOKENS * self.head_dim * self.store_dtype.itemsize
+
+    def get_kv_size_bytes(self):
+        half = (self.host.nbytes + self.frames.nbytes) // 2
+        return half, half
+
+    def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, k_scale=None, v_scale=None,
+                      layer_id_override=None, dcp_kv_mask=None):
+        """Write tokens through to the host store and to the frames of resident blocks.
+
+        Gate keys are refreshed by the caller, which knows how full each page is.
+        """
+        if dcp_kv_mask is not None or k_scale is not None or v_scale is not None:
+            raise NotImplementedError("RheoServe's pool has no scaled or context-parallel writes")
+        loc = unwrap_write_loc(loc_info)[0]
+        index = (layer.layer_id if layer_id_override is None else layer_id_override) - self.start_layer
+        self.write(index, loc // PAGE_TOKENS, loc % PAGE_TOKENS, cache_k.to(self.dtype), cache_v.to(self.dtype))
+
+    def write(self, index: int, page: torch.Tensor, offset: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Store tokens of layer `index`: page, offset `[tokens]`; k, v `[tokens, kv_heads, head_dim]`."""
+        self.frames.write(index, self.residency.frame_of[index, page], offset, k, v)
+        self.host.write(index, page.cpu(), offset.cpu(), k.cpu(), v.cpu())
+
+    def refresh_quick_keys(self, index: int, pages: torch.Tensor, filled: torch.Tensor):
+        """Recompute gate keys from the host store: pages `[n]`, valid tokens of each `[n]`."""
+        keys = self.host.layers[index][pages.cpu(), :, 0]
+        self.quick.refresh(index, pages, keys.to(self.device), filled)
+
+    def forget_pages(self, pages: torch.Tensor):
+        """Give back the frames of pages that left their owner."""
+        self.residency.drop_pages(pages)
+        self.importance[:, pages] = 0.0
+
+    def exchange(self, wanted: torch.Tensor, most: int) -> int:
+        """Make resident what is wanted, up to `most` blocks copied in a layer; the rest leaves.
+
+        Two phases: victims leave the table before their frames are written, arrivals enter it after.
+
+        Args:
+            wanted: `[layers, pages, kv_heads]` bool
+        Returns:
+            blocks copied, over all layers
+        """
+        resident = self.residency.frame_of >= 0
+        self.residency.release(resident & ~wanted)
+        layer, block, frame = self.residency.reserve(wanted & ~resident)
+        counts = torch.bincount(layer, minlength=self.layer_num).tolist()
+        copied, start = 0, 0
+        for index, count in enumerate(counts):
+            take = slice(start, start + min(count, most))
+            if take.stop > take.start:
+                source = self.host.blocks(index).index_select(0, block[take].cpu())
+                self.frames.fill(index, frame[take], source)
+                self.residency.admit(layer[take], block[take], frame[take])
+                copied += take.stop - take.start
+            start += count
+        return copied
+
+    def clear(self):
+        """Forget all pages (flush_cache)."""
+        self.residency.clear()
+        self.importance.zero_()
+
+    def get_cpu_copy(self, indices, mamba_indices=None):
+        at = indices.cpu()
+        return [layer[at // PAGE_TOKENS, :, :, at % PAGE_TOKENS] for layer in self.host.layers]
+
+    def load_cpu_copy(self, kv_cache_cpu, indices, mamba_indices=None):
+        for index, kv in enumerate(kv_cache_cpu):
+            kv = kv.to(self.device)
+            self.write(index, indices // PAGE_TOKENS, indices % PAGE_TOKENS, kv[:, :, 0], kv[:, :, 1])
+
+    def _no_flat_buffer(self, *_):
+        raise NotImplementedError(
+            "RheoServe's pool is in blocks, not in rows of tokens: read it through pool.host and pool.frames"
+        )
+
+    get_key_buffer = get_value_buffer = _get_key_buffer = _get_value_buffer = _no_flat_buffer
+    get_contiguous_buf_infos = move_kv_cache = _no_flat_buffer

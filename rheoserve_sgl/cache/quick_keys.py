@@ -1,0 +1,34 @@
+"""The quick K cache: one small gate key per block, all on the device."""
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.gate.base import Gate
+
+
+class QuickKeys:
+    """Gate keys, one tensor `[pages, kv_heads, key_dim]` float32 a layer.
+
+    A key is always computed from the stored tokens of its page, never updated from the key before,
+    so that a page filled token by token has bit for bit the key of one filled at once.
+    """
+
+    def __init__(self, layers: int, pages: int, kv_heads: int, head_dim: int, gate: Gate, device: str):
+        self.gate = gate
+        shape = (pages, kv_heads, gate.key_dim(head_dim))
+        self.layers = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def refresh(self, layer: int, pages: torch.Tensor, keys: torch.Tensor, filled: torch.Tensor):
+        """Recompute the gate keys of pages.
+
+        Args:
+            pages: `[n]`
+            keys: `[n, kv_heads, 64, head_dim]` the pages' stored K
+            filled: `[n]` valid tokens of each page, at least 1
+        """
+        valid = torch.arange(PAGE_TOKENS, device=keys.device) < filled[:, None]
+        self.layers[layer][pages] = self.gate.pool(keys.float(), valid[:, None, :, None]).to(self.layers[layer].device)

@@ -1,0 +1,128 @@
+"""RheoServe's settings: one frozen object, validated when it is built."""
+
+from dataclasses import asdict, dataclass
+
+from rheoserve_sgl import PAGE_TOKENS
+
+MODES = ("balanced", "retrieval", "window", "full")
+SELECTORS = ("quest", "mean")
+DEVICE_ATTENTION = ("resident", "selected")
+DEFAULT_TOKEN_BUDGET = 4096
+DEFAULT_HOST_RATIO = 4.0
+PREFIX = "rheoserve_"
+
+
+@dataclass(frozen=True)
+class RheoConfig:
+    """What the `--rheoserve-*` flags say. Token counts are in tokens, sizes in GB (10^9 bytes).
+
+    Raises:
+        ValueError: a field outside its legal values, named with its flag.
+    """
+
+    mode: str = "balanced"
+    selector: str = "quest"
+    token_budget: int | None = None  # None: DEFAULT_TOKEN_BUDGET, or unused under a threshold
+    threshold: float | None = None
+    device_tokens: int | None = None  # None: what SGLang's memory profiling yields
+    host_size: float | None = None  # None: host_ratio decides
+    host_ratio: float | None = None  # None: DEFAULT_HOST_RATIO
+    sink_tokens: int = 64
+    window_tokens: int = 512
+    exchange_interval: int = 16
+    host_threads: int | None = None  # None: the processors this process may use
+    device_attention: str = "resident"
+
+    def __post_init__(self):
+        self._choice("mode", MODES)
+        self._choice("selector", SELECTORS)
+        self._choice("device_attention", DEVICE_ATTENTION)
+        self._pages("sink_tokens", at_least=PAGE_TOKENS)
+        self._pages("window_tokens", at_least=0)
+        self._pages("device_tokens", at_least=PAGE_TOKENS)
+        self._pages("token_budget", at_least=PAGE_TOKENS)
+        self._at_least("exchange_interval", 1)
+        self._at_least("host_threads", 1)
+        self._above_zero("host_size")
+        self._above_zero("host_ratio")
+        if self.host_size is not None and self.host_ratio is not None:
+            self._refuse("host_size", f"only one of it and {flag('host_ratio')} ({self.host_ratio})")
+        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
+            self._refuse("threshold", "a number above 0 and below 1")
+        if self.threshold is not None and self.token_budget is not None:
+            self._refuse("threshold", f"only one of it and {flag('token_budget')} ({self.token_budget})")
+        always = self.sink_tokens + self.window_tokens + PAGE_TOKENS
+        if self.threshold is None and self.selects and self.budget < always:
+            self._refuse(
+                "token_budget",
+                f"at least {always} (sink {self.sink_tokens} + window {self.window_tokens} + "
+                f"the newest page {PAGE_TOKENS}, which are always selected)",
+                value=self.budget,
+            )
+
+    @property
+    def selects(self) -> bool:
+        """Whether a gate picks blocks (the other modes know theirs beforehand)."""
+        return self.mode in ("balanced", "retrieval")
+
+    @property
+    def budget(self) -> int:
+        """Tokens selected for each KV head at each step, when there is no threshold."""
+        return DEFAULT_TOKEN_BUDGET if self.token_budget is None else self.token_budget
+
+    @property
+    def budget_pages(self) -> int:
+        return self.budget // PAGE_TOKENS
+
+    @property
+    def sink_pages(self) -> int:
+        return self.sink_tokens // PAGE_TOKENS
+
+    @property
+    def window_pages(self) -> int:
+        """Full pages before the newest one; the newest is always selected on top."""
+        return self.window_tokens // PAGE_TOKENS
+
+    @property
+    def attends_selected_only(self) -> bool:
+        """Whether resident blocks that were not selected are left out of the attention."""
+        return self.device_attention == "selected" or self.mode == "window"
+
+    def as_dict(self) -> dict:
+        """Resolved settings for `/server_info`."""
+        out = asdict(self)
+        out["token_budget"] = None if self.threshold is not None else self.budget
+        return out
+
+    @classmethod
+    def from_server_args(cls, server_args) -> "RheoConfig":
+        """Collect the `rheoserve_*` fields of a ServerArgs."""
+        return cls(**{name: getattr(server_args, PREFIX + name) for name in cls.__dataclass_fields__})
+
+    def _refuse(self, name: str, legal: str, value=None):
+        value = getattr(self, name) if value is None else value
+        raise ValueError(f"{flag(name)} is {value!r}; legal: {legal}")
+
+    def _choice(self, name: str, choices: tuple):
+        if getattr(self, name) not in choices:
+            self._refuse(name, ", ".join(choices))
+
+    def _at_least(self, name: str, low: int):
+        value = getattr(self, name)
+        if value is not None and value < low:
+            self._refuse(name, f"an integer of at least {low}")
+
+    def _pages(self, name: str, at_least: int):
+        value = getattr(self, name)
+        if value is not None and (value < at_least or value % PAGE_TOKENS):
+            self._refuse(name, f"a multiple of {PAGE_TOKENS}, at least {at_least}")
+
+    def _above_zero(self, name: str):
+        value = getattr(self, name)
+        if value is not None and not value > 0:
+            self._refuse(name, "a number above 0")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a config field."""
+    return "--" + (PREFIX + name).replace("_", "-")

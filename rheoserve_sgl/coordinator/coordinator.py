@@ -1,0 +1,132 @@
+"""The coordinator: decides when blocks move between the tiers, and counts what happened.
+
+It runs inside the forward path, at the start of each batch, so that on a GPU everything it does is ordered
+with the attention that reads the same tables. Pages are freed by the scheduler at other times, also while a
+batch is in flight; those reports wait in a queue until the next batch begins, which is always before a
+reused page can be written.
+"""
+
+import logging
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS, environ
+from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.coordinator.exchange import EXCHANGE_BYTES, equal_shares, rank_blocks, wanted_blocks
+from rheoserve_sgl.coordinator.recorder import DECAY, record
+from rheoserve_sgl.runtime.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Owns the residency policy of one pool.
+
+    Fields written by the scheduler: _freed. By the forward path: everything else.
+    """
+
+    def __init__(self, pool: TwoTierKVPool):
+        self.pool = pool
+        self.config = pool.config
+        self._freed: list[torch.Tensor] = []
+        self._steps = 0
+        self._running: list[int] = []
+        self._moved = True  # whether the running set changed since the last exchange
+        seed = environ.random_exchange_seed()
+        self._random = None if seed is None else torch.Generator().manual_seed(seed)
+        per_layer = EXCHANGE_BYTES // max(pool.layer_num * pool.block_bytes, 1)
+        self._most = max(per_layer, 1)
+        self.counts = dict.fromkeys(
+            ("decode_steps", "exchanges", "exchanged_blocks", "device_blocks", "host_blocks"), 0
+        )
+
+    def page_freed(self, pages: torch.Tensor):
+        """Pages went back to the allocator. Safe to call while a batch is in flight."""
+        self._freed.append(pages)
+
+    request_left = page_freed  # a request left these pages; the radix tree may still hold them
+
+    def settle(self):
+        """Apply the waiting reports: a page that left its request holds no frames."""
+        if not self._freed:
+            return
+        pages = torch.cat([p.to(self.pool.device) for p in self._freed]).long()
+        self._freed.clear()
+        self._moved = True
+        self.pool.forget_pages(pages)
+
+    def clear(self):
+        """All pages were freed at once (flush_cache)."""
+        self._freed.clear()
+        self._running = []
+        self._moved = True
+        self.pool.clear()
+
+    def begin_decode(self, batch: Batch):
+        """Call before a decode step's first layer."""
+        self.settle()
+        self._steps += 1
+        self.counts["decode_steps"] += 1
+        running = batch.requests.tolist()
+        joined = running != self._running
+        self._running = running
+        if joined or self._moved or self._random is not None or self._steps % self.config.exchange_interval == 0:
+            self._moved = False
+            self._exchange(batch)
+
+    def record(self, layer: int, batch: Batch, log_scores: torch.Tensor, fresh: bool):
+        """Fold gate scores `[batch, kv_heads, max_pages]` into a layer's importance."""
+        record(self.pool.importance[layer], batch.pages, batch.valid, log_scores, 0.0 if fresh else DECAY)
+
+    def count_visits(self, device_blocks: int, host_blocks: int):
+        self.counts["device_blocks"] += device_blocks
+        self.counts["host_blocks"] += host_blocks
+
+    def _exchange(self, batch: Batch):
+        pool = self.pool
+        mode = self.config.mode
+        worth = rank_blocks(
+            pool.importance,
+            pool.residency.frame_of >= 0,
+            batch.pages,
+            batch.valid,
+            batch.forced,
+            ranks_by="importance" if mode == "balanced" else "recency",
+            forced_only=mode in ("window", "retrieval"),
+        )
+        if self._random is not None:
+            worth = self._shuffle(worth)
+        shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
+        wanted = wanted_blocks(worth, batch.pages, shares, pool.host.pages)
+        self.counts["exchanged_blocks"] += pool.exchange(wanted, self._most)
+        self.counts["exchanges"] += 1
+
+    def _shuffle(self, worth: torch.Tensor) -> torch.Tensor:
+        """A random order, with a random half of the blocks shut out."""
+        noise = torch.rand(worth.shape, generator=self._random).to(worth.device)
+        return noise.masked_fill((noise < 0.5) | torch.isneginf(worth), -torch.inf)
+
+    def stats(self, free_pages: int) -> dict:
+        """Counts for `/server_info`.
+
+        Args:
+            free_pages: pages free in the allocator
+        """
+        self.settle()
+        pool = self.pool
+        used = pool.residency.used
+        frames = pool.frame_count * pool.layer_num
+        host_pages = pool.host.pages - 1
+        live = (host_pages - free_pages) * pool.layer_num * pool.head_num
+        attended = self.counts["device_blocks"] + self.counts["host_blocks"]
+        return {
+            "frames_used": used,
+            "frames_free": frames - used,
+            "host_pages_used": host_pages - free_pages,
+            "host_pages_free": free_pages,
+            "page_tokens": PAGE_TOKENS,
+            "resident_fraction": used / live if live else 0.0,
+            "host_attention_share": self.counts["host_blocks"] / attended if attended else 0.0,
+            "exchanged_bytes": self.counts["exchanged_blocks"] * pool.block_bytes,
+            **self.counts,
+        }

@@ -1,0 +1,81 @@
+"""The exchange policy: which blocks should be resident."""
+
+import torch
+
+# A resident block is worth this much more than its importance, so that near-equal blocks do not
+# take turns in a frame.
+HYSTERESIS = 1.25
+# At most this much is copied by one exchange, over all layers; the rest follows with the next.
+EXCHANGE_BYTES = 256 << 20
+
+
+def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Split `capacity` pages of frames equally; what a short request cannot use goes to the others.
+
+    Args:
+        n_pages: `[batch]` pages of each request
+
+    Returns:
+        `[batch]` int64, each at most its n_pages, summing to at most capacity
+    """
+    order = torch.argsort(n_pages)
+    ranked = n_pages[order].long()
+    before = torch.cumsum(ranked, 0) - ranked
+    heads_left = len(ranked) - torch.arange(len(ranked), device=n_pages.device)
+    # The i-th shortest gets its need, or an equal part of what the shorter ones left.
+    level = ((capacity - before).clamp(min=0) // heads_left)
+    # Once a request is cut, all longer ones get the same cut.
+    cut = ranked > level
+    first = torch.where(cut, level, torch.iinfo(torch.int64).max)
+    cap = torch.cummin(first, 0).values
+    shares = torch.empty_like(ranked)
+    shares[order] = torch.minimum(ranked, cap)
+    return shares
+
+
+def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_only):
+    """How much each block of the running requests deserves a frame; -inf where it must not have one.
+
+    Args:
+        importance, resident: `[layers, all_pages, kv_heads]` float32, bool
+        pages, valid, forced: `[batch, max_pages]` int64, bool, bool
+        ranks_by: "importance" or "recency"
+        forced_only: whether only sink, window and newest page may be resident
+
+    Returns:
+        `[layers, batch, kv_heads, max_pages]` float32
+    """
+    if ranks_by == "importance":
+        worth = importance[:, pages] * torch.where(resident[:, pages], HYSTERESIS, 1.0)
+    else:
+        layers, _, kv_heads = importance.shape
+        position = torch.arange(pages.shape[1], device=pages.device, dtype=torch.float32)
+        worth = position[None, None, :, None].expand(layers, len(pages), -1, kv_heads)
+    worth = worth.masked_fill(forced[None, ..., None], torch.finfo(torch.float32).max)
+    keep = valid & forced if forced_only else valid
+    return worth.masked_fill(~keep[None, ..., None], -torch.inf).transpose(2, 3)
+
+
+def wanted_blocks(worth, pages, shares, all_pages: int):
+    """The blocks that should be resident: the best `shares` of each (layer, request, head).
+
+    Args:
+        worth: `[layers, batch, kv_heads, max_pages]`
+        pages: `[batch, max_pages]`
+        shares: `[batch]`
+
+    Returns:
+        `[layers, all_pages, kv_heads]` bool
+    """
+    layers, batch, kv_heads, max_pages = worth.shape
+    most = min(int(shares.max()), max_pages)
+    wanted = torch.zeros((layers, all_pages, kv_heads), dtype=torch.bool, device=worth.device)
+    if most == 0:
+        return wanted
+    best, at = torch.topk(worth, most, dim=3)
+    rank = torch.arange(most, device=worth.device)
+    take = (rank < shares[:, None])[None, :, None] & (best > -torch.inf)
+    page = pages[None, :, None].expand(layers, -1, kv_heads, -1).gather(3, at)
+    layer, _, head, _ = torch.nonzero(take, as_tuple=True)
+    wanted[layer, page[take], head] = True
+    return wanted

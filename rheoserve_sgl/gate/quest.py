@@ -1,0 +1,23 @@
+"""Quest: an upper bound of the logits in a block, from the channelwise extremes of its keys.
+
+Source: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference" (ICML 2024),
+Algorithm 1. The bound sum_c max(q_c * min_c, q_c * max_c) equals relu(q) . max - relu(-q) . min, which is
+one dot product with the key [max, min].
+"""
+
+import torch
+
+from rheoserve_sgl.gate.base import Gate
+
+
+class QuestGate(Gate):
+    def key_dim(self, head_dim: int) -> int:
+        return 2 * head_dim
+
+    def pool(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        high = keys.masked_fill(~valid, -torch.inf).amax(2)
+        low = keys.masked_fill(~valid, torch.inf).amin(2)
+        return torch.cat((high, low), -1)
+
+    def query(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.cat((q.clamp(min=0), q.clamp(max=0)), -1)

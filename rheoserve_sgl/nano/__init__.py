@@ -1,0 +1,1 @@
+"""The small model that `make serve` and the tests use."""

@@ -1,0 +1,77 @@
+"""Attention of one query position over listed blocks, with its log-sum-exp.
+
+The same op serves both tiers: a block is `[2, 64, head_dim]` whether it lies in a frame or in the host
+store. `attend_torch` is the documentation, the oracle, and what runs on a GPU's frames for now;
+`attend_cpu` is the C++ kernel.
+"""
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.extension import DTYPES, address, worker_pool
+from rheoserve_sgl.ops.plan import Visit
+
+
+def attend_torch(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float):
+    """Attention over listed blocks.
+
+    Args:
+        q: `[batch, kv_heads, group, head_dim]` float32
+        blocks: `[n, 2, 64, head_dim]`, K then V of each block
+        visit: the lists
+        scale: softmax scale
+
+    Returns:
+        out: `[batch, kv_heads, group, head_dim]` float32, zero where the list is empty
+        lse: `[batch, kv_heads, group]` float32, natural log, -inf where the list is empty
+    """
+    batch, kv_heads, group, dim = q.shape
+    width = max(int(visit.count.max()), 1) if visit.count.numel() else 1
+    slot = torch.arange(width, device=q.device)
+    listed = slot < visit.count[..., None]
+    ids = torch.where(listed, visit.blocks[..., :width], 0).long()
+    picked = blocks[ids].float()  # [batch, kv_heads, width, 2, 64, dim]
+    is_last = slot == visit.count[..., None] - 1
+    length = torch.where(is_last, visit.last_len[..., None], PAGE_TOKENS)
+    valid = (torch.arange(PAGE_TOKENS, device=q.device) < length[..., None]) & listed[..., None]
+    valid = valid.reshape(batch, kv_heads, 1, -1)
+    keys = picked[..., 0, :, :].reshape(batch, kv_heads, -1, dim)
+    values = picked[..., 1, :, :].reshape(batch, kv_heads, -1, dim)
+    # Whatever lies beyond a block's valid tokens must not reach a product, where NaN would survive.
+    values = values.masked_fill(~valid.transpose(2, 3), 0)
+    logits = (q * scale) @ keys.transpose(2, 3)
+    logits = logits.masked_fill(~valid, -torch.inf)
+    lse = torch.logsumexp(logits, -1)
+    empty = (visit.count == 0)[..., None]
+    weights = torch.exp(logits - torch.where(empty, 0.0, lse)[..., None])
+    return weights @ values, lse
+
+
+def attend_cpu(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float, threads: int, variant: str = ""):
+    """`attend_torch` by the C++ kernel; all tensors on the host, `blocks` in fp32, fp16 or bf16."""
+    batch, kv_heads, group, dim = q.shape
+    pairs = (batch, kv_heads)
+    if blocks.dtype not in DTYPES:
+        raise ValueError(f"blocks are {blocks.dtype}; legal: {', '.join(map(str, DTYPES))}")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty((*pairs, group), dtype=torch.float32)
+    worker_pool(threads, variant).attend(
+        q=address(q, torch.float32, (*pairs, group, dim), "q"),
+        blocks=address(blocks, blocks.dtype, (len(blocks), 2, PAGE_TOKENS, dim), "blocks"),
+        num_blocks=len(blocks),
+        dtype=DTYPES[blocks.dtype],
+        lists=address(visit.blocks, torch.int32, (*pairs, visit.blocks.shape[-1]), "visit.blocks"),
+        counts=address(visit.count, torch.int32, pairs, "visit.count"),
+        last_len=address(visit.last_len, torch.int32, pairs, "visit.last_len"),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        batch=batch, kv_heads=kv_heads, group=group, dim=dim, max_list=visit.blocks.shape[-1], scale=scale,
+    )
+    return out, lse
+
+
+def attend(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float, threads: int):
+    """Attention over the lists of one tier, by the best implementation where `blocks` are."""
+    if blocks.device.type == "cpu":
+        return attend_cpu(q, blocks, visit, scale, threads)
+    return attend_torch(q, blocks, visit, scale)

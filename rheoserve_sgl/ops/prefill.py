@@ -1,0 +1,57 @@
+"""Prefill attention: new tokens causally over themselves, and fully over their prefix.
+
+Both parts are fused attention kernels of torch that return the log-sum-exp; they are merged by it.
+"""
+
+import torch
+
+from rheoserve_sgl.ops.merge import merge_torch
+
+_ATEN = torch.ops.aten
+
+
+def attend_with_lse(q, k, v, causal: bool, scale: float):
+    """Fused attention that also returns its LSE.
+
+    Args:
+        q: `[batch, heads, queries, head_dim]`
+        k, v: `[batch, heads, keys, head_dim]`, strides of any kind (heads may be expanded)
+
+    Returns:
+        out like q, lse `[batch, heads, queries]` float32, natural log
+    """
+    if q.device.type == "cpu":
+        return _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    return out, lse[..., : q.shape[2]]
+
+
+def prefill_attention(q, k, v, prefix, scale: float) -> torch.Tensor:
+    """Attention of one request's new tokens.
+
+    Args:
+        q: `[tokens, heads, head_dim]`
+        k, v: `[tokens, kv_heads, head_dim]`, the new tokens' own
+        prefix: `[2, kv_heads, prefix_tokens, head_dim]`, K and V before them, or None
+        scale: softmax scale
+
+    Returns:
+        `[tokens, heads, head_dim]` in q's dtype
+    """
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    q = q.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
+    own_k, own_v = (t.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for t in (k, v))
+    out, lse = attend_with_lse(q, own_k, own_v, True, scale)
+    if prefix is not None:
+        # Without a mask the group folds into the queries, and each key is read once for all its heads.
+        folded = q.reshape(kv_heads, 1, group * tokens, dim)
+        before, before_lse = attend_with_lse(folded, prefix[0][:, None], prefix[1][:, None], False, scale)
+        out, _ = merge_torch(
+            out.float(), lse.float(),
+            before.reshape(out.shape).float(), before_lse.reshape(lse.shape).float(),
+        )
+    return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(q.dtype)

@@ -1,0 +1,105 @@
+"""What RheoServe does not serve, said at start-up with the flag or field and what to do instead."""
+
+from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
+
+# (ServerArgs field, is it a legal value, legal values and remedy)
+_FLAGS = (
+    ("page_size", lambda v: v in (None, PAGE_TOKENS), f"leave it out: RheoServe's pages have {PAGE_TOKENS} tokens"),
+    ("attention_backend", lambda v: v == BACKEND_NAME, "rheoserve: prefill and decode share its pool"),
+    ("prefill_attention_backend", lambda v: v in (None, BACKEND_NAME), "leave it out, or rheoserve"),
+    ("decode_attention_backend", lambda v: v in (None, BACKEND_NAME), "leave it out, or rheoserve"),
+    ("speculative_algorithm", lambda v: v is None, "leave it out: speculative decoding is not supported"),
+    ("enable_hierarchical_cache", lambda v: not v, "leave it out: RheoServe already keeps all KV in host memory"),
+    ("enable_hisparse", lambda v: not v, "leave it out: RheoServe selects blocks itself"),
+    ("enable_lmcache", lambda v: not v, "leave it out: RheoServe already keeps all KV in host memory"),
+    ("enable_page_major_kv_layout", lambda v: not v, "leave it out: RheoServe has its own layout"),
+    ("enable_fused_qk_norm_rope", lambda v: not v, "leave it out"),
+    ("kv_cache_dtype", lambda v: v in ("auto", "bfloat16", "bf16", "float16", "fp16"), "auto: no fp8 or fp4 KV cache"),
+    ("pp_size", lambda v: v == 1, "1: use --tp-size"),
+    ("dcp_size", lambda v: v in (None, 1), "1: use --tp-size"),
+    ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
+    ("enable_two_batch_overlap", lambda v: not v, "leave it out"),
+    ("enable_torch_compile", lambda v: not v, "leave it out"),
+    ("cuda_graph_config", lambda v: v is None, "leave it out: CUDA graphs are not supported yet"),
+    ("cuda_graph_backend_decode", lambda v: v in (None, "disabled"), "leave it out: not supported yet"),
+    ("cuda_graph_backend_prefill", lambda v: v in (None, "disabled"), "leave it out: not supported yet"),
+    ("enable_pdmux", lambda v: not v, "leave it out"),
+)
+
+
+def refuse_flags(server_args):
+    """Raise ValueError for the first ServerArgs field that RheoServe cannot work with."""
+    for field, legal, remedy in _FLAGS:
+        value = getattr(server_args, field, None)
+        if not legal(value):
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(f"{flag} is {value!r}, which --attention-backend rheoserve cannot serve; use {remedy}")
+
+
+def refuse_model(model_config):
+    """Raise ValueError for a model architecture other than plain MHA/GQA decoders.
+
+    Args:
+        model_config: sglang.srt.configs.model_config.ModelConfig
+    """
+    from sglang.srt.configs.model_config import AttentionArch
+
+    config = model_config.hf_config
+    text = model_config.hf_text_config
+    name = (config.architectures or ["?"])[0]
+    reason = None
+    if model_config.attention_arch != AttentionArch.MHA:
+        reason = "it uses multi-head latent attention (MLA)"
+    elif model_config.is_hybrid_swa or _has_window(text):
+        reason = "it has sliding-window layers"
+    elif getattr(config, "is_encoder_decoder", False):
+        reason = "it has cross-attention"
+    elif not model_config.is_generation:
+        reason = "it is an embedding or reward model"
+    elif any(hasattr(text, key) for key in ("mamba_d_state", "linear_num_key_heads", "ssm_state_size", "mamba2_config")):
+        reason = "it has Mamba or linear-attention layers"
+    elif model_config.v_head_dim != model_config.head_dim:
+        reason = f"its key and value head dims differ ({model_config.head_dim}, {model_config.v_head_dim})"
+    elif model_config.head_dim % 16 or model_config.head_dim > 256:
+        reason = f"its head_dim is {model_config.head_dim}; legal: multiples of 16 up to 256"
+    elif model_config.num_attention_heads // model_config.num_key_value_heads > 16:
+        reason = f"more than 16 query heads share a KV head ({model_config.num_attention_heads} over " \
+                 f"{model_config.num_key_value_heads})"
+    if reason:
+        raise ValueError(
+            f"--model-path: {name} cannot be served by --attention-backend rheoserve because {reason}. "
+            "It serves MHA and GQA decoders such as Qwen2, Qwen3, Llama and Mistral without a window; "
+            "use another --attention-backend for this model."
+        )
+
+
+def refuse_layers(model):
+    """Raise ValueError for an attention layer with a feature that the kernels lack.
+
+    Args:
+        model: the loaded nn.Module; its RadixAttention layers are looked at.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    for path, layer in model.named_modules():
+        if not isinstance(layer, RadixAttention):
+            continue
+        features = {
+            "a sliding window": (layer.sliding_window_size or -1) > 0,
+            "logit soft-capping": (layer.logit_cap or 0.0) > 0.0,
+            "cross-attention": layer.is_cross_attention,
+            "bidirectional attention": layer.attn_type != AttentionType.DECODER,
+            "a temperature by length": getattr(layer, "xai_temperature_len", -1) > 0,
+        }
+        for feature, present in features.items():
+            if present:
+                raise ValueError(
+                    f"{path} has {feature}, which --attention-backend rheoserve cannot serve; "
+                    "use another --attention-backend for this model"
+                )
+
+
+def _has_window(config) -> bool:
+    """Whether a Hugging Face config turns its sliding window on (Qwen2 ships one that is off)."""
+    window = getattr(config, "sliding_window", None)
+    return bool(window) and getattr(config, "use_sliding_window", True)

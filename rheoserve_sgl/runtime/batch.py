@@ -1,0 +1,53 @@
+"""A batch as RheoServe sees it: pages instead of tokens, one row a request."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The page table of a batch, built once a step and read by every layer.
+
+    requests: `[batch]` int64, SGLang's req_pool_indices
+    pages: `[batch, max_pages]` int64 logical pages, 0 beyond n_pages
+    n_pages: `[batch]` int32
+    tail_len: `[batch]` int32, tokens of the newest page, 1 to 64
+    valid: `[batch, max_pages]` bool, below n_pages
+    forced: `[batch, max_pages]` bool, sink, window and newest page
+    """
+
+    requests: torch.Tensor
+    pages: torch.Tensor
+    n_pages: torch.Tensor
+    tail_len: torch.Tensor
+    valid: torch.Tensor
+    forced: torch.Tensor
+
+    @classmethod
+    def build(cls, req_to_token, requests, seq_lens, longest: int, sink_pages: int, window_pages: int) -> "Batch":
+        """Read the page table.
+
+        Args:
+            req_to_token: `[slots, context]` int32, SGLang's token table
+            requests: `[batch]` rows of it
+            seq_lens: `[batch]` tokens of each request, the new ones included, at least 1
+            longest: the largest of seq_lens, known on the host
+        """
+        n_pages = (seq_lens + PAGE_TOKENS - 1) // PAGE_TOKENS
+        width = (longest + PAGE_TOKENS - 1) // PAGE_TOKENS
+        at = torch.arange(width, device=req_to_token.device)
+        valid = at < n_pages[:, None]
+        newest = n_pages[:, None] - 1
+        forced = ((at < sink_pages) | (at >= newest - window_pages)) & valid
+        first_tokens = req_to_token[requests, : width * PAGE_TOKENS : PAGE_TOKENS].long()
+        return cls(
+            requests=requests,
+            pages=torch.where(valid, first_tokens // PAGE_TOKENS, 0).contiguous(),
+            n_pages=n_pages.to(torch.int32),
+            tail_len=(seq_lens - (n_pages - 1) * PAGE_TOKENS).to(torch.int32),
+            valid=valid,
+            forced=forced,
+        )

@@ -1,0 +1,94 @@
+"""Hooks that build RheoServe's pool and allocator in place of SGLang's."""
+
+import logging
+
+import torch
+from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.distributed import get_world_group
+
+from rheoserve_sgl.cache.allocator import TwoTierAllocator
+from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.coordinator.coordinator import Coordinator
+from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
+from rheoserve_sgl.server_args import selects_rheoserve
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_sizes(original, configurator, pre_model_load_memory):
+    """AROUND `_resolve_memory_pool_config`: the token capacity becomes the host store's."""
+    if not selects_rheoserve(configurator.server_args):
+        return original(configurator, pre_model_load_memory)
+    on_cpu = torch.device(configurator.device).type == "cpu"
+    resolved = original(configurator, pre_model_load_memory)
+    config = RheoConfig.from_server_args(configurator.server_args)
+    world = get_world_group()
+    sizes = size_tiers(
+        config,
+        token_bytes=_token_bytes(configurator),
+        free_bytes=_agree(free_host_bytes() // world.world_size),
+        profiled_tokens=None if on_cpu else resolved.max_total_num_tokens,
+        max_total_tokens=get_schedule().max_total_tokens,
+    )
+    logger.info("RheoServe sizes: %s", sizes.reason)
+    resolved.max_total_num_tokens = sizes.host_tokens
+    resolved.max_running_requests = configurator.resolve_max_num_reqs(sizes.host_tokens)
+    # SGLang's size record has no field for the second tier; the flag's resolved value carries it
+    # to `build_pool`.
+    configurator.server_args.override("rheoserve.sizes", rheoserve_device_tokens=sizes.device_tokens)
+    return resolved
+
+
+def build_pool(original, configurator, **kwargs):
+    """AROUND `_build_token_to_kv_pool`."""
+    if not selects_rheoserve(configurator.server_args):
+        return original(configurator, **kwargs)
+    model = configurator.model_config
+    layers = configurator.layer_info
+    pool = TwoTierKVPool(
+        kwargs["sizes"].max_total_num_tokens,
+        config=RheoConfig.from_server_args(configurator.server_args),
+        dtype=configurator.kv_cache_dtype,
+        head_num=model.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=model.head_dim,
+        layer_num=layers.num_effective_layers,
+        device=configurator.device,
+        enable_memory_saver=False,
+        start_layer=layers.start_layer,
+        end_layer=layers.end_layer,
+        enable_alt_stream=False,
+    )
+    pool.coordinator = Coordinator(pool)
+    return pool
+
+
+def build_allocator(original, configurator, **kwargs):
+    """AROUND `_build_token_to_kv_pool_allocator`."""
+    pool = kwargs["token_to_kv_pool"]
+    if not isinstance(pool, TwoTierKVPool):
+        return original(configurator, **kwargs)
+    return TwoTierAllocator(
+        kwargs["sizes"].max_total_num_tokens,
+        page_size=pool.page_size,
+        dtype=configurator.kv_cache_dtype,
+        device=configurator.device,
+        kvcache=pool,
+        need_sort=False,
+    )
+
+
+def _token_bytes(configurator) -> int:
+    model = configurator.model_config
+    heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
+    return 2 * heads * model.head_dim * configurator.layer_info.num_effective_layers * configurator.kv_cache_dtype.itemsize
+
+
+def _agree(value: int) -> int:
+    """The smallest value over all ranks, so that their page tables stay alike."""
+    world = get_world_group()
+    if world.world_size == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
+    return int(shared)

@@ -1,0 +1,45 @@
+"""Hooks on what happens to requests, and on what the server tells about itself."""
+
+from rheoserve_sgl.cache.pool import TwoTierKVPool
+
+
+def request_left(req, tree_cache, is_insert=True):
+    """BEFORE `release_kv_cache`: finish, abort or retraction. The request's pages lose their frames.
+
+    The radix tree may keep the pages; they then live in the host store alone, until a request that
+    shares them decodes and the exchange brings back what matters.
+    """
+    pool = tree_cache.token_to_kv_pool_allocator.get_kvcache()
+    if not isinstance(pool, TwoTierKVPool) or req.req_pool_idx is None:
+        return
+    row = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx]
+    allocated = row[: req.kv.kv_allocated_len : pool.page_size]
+    pool.coordinator.request_left(allocated // pool.page_size)
+
+
+def add_state(result, scheduler, *_):
+    """AFTER `Scheduler.get_internal_state`: settings and live counts under the key "rheoserve"."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if isinstance(pool, TwoTierKVPool):
+        free = scheduler.token_to_kv_pool_allocator.available_size() // pool.page_size
+        result.internal_state["rheoserve"] = {
+            "settings": pool.config.as_dict(),
+            "cpu_variant": _cpu_variant(),
+            **pool.coordinator.stats(free),
+        }
+
+
+def enable_fused_set_kv_buffer(original, *args, **kwargs):
+    """AROUND `enable_fused_set_kv_buffer`: some models fuse RoPE with a store of KV by token rows,
+    which our pool does not have. They then call `set_kv_buffer`."""
+    from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+
+    if isinstance(get_token_to_kv_pool(), TwoTierKVPool):
+        return False
+    return original(*args, **kwargs)
+
+
+def _cpu_variant() -> str:
+    from rheoserve_sgl.ops.extension import cpu_variant
+
+    return cpu_variant()

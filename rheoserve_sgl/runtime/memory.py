@@ -1,0 +1,92 @@
+"""How much memory there is, and how the tiers are sized by it."""
+
+from dataclasses import dataclass
+
+import psutil
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.config import DEFAULT_HOST_RATIO, RheoConfig
+
+GB = 10**9
+HOST_SHARE = 0.7  # of the free host memory, at most, for a host store sized by default
+CPU_DEVICE_SHARE = 0.05  # of the free memory, for frames where there is no GPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Capacities in tokens, and how they came about in words for the log."""
+
+    device_tokens: int
+    host_tokens: int
+    reason: str
+
+
+def free_host_bytes() -> int:
+    """Memory that can be allocated: what the system has available, cut by a cgroup limit."""
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            text = limit.read().strip()
+            if text != "max":
+                free = min(free, int(text) - int(current.read()))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 limit
+    return max(free, 0)
+
+
+def size_tiers(config: RheoConfig, *, token_bytes: int, free_bytes: int, profiled_tokens: int | None,
+               max_total_tokens: int | None = None) -> Sizes:
+    """Decide the capacities of both tiers for one rank.
+
+    Args:
+        token_bytes: KV bytes of a token over all layers of this rank
+        free_bytes: free host memory that this rank may count on
+        profiled_tokens: what fits on the device by SGLang's profiling; None where frames are in host memory
+        max_total_tokens: `--max-total-tokens`, an upper bound on the host store
+
+    Raises:
+        ValueError: a host store, or frames, that memory cannot hold, with the numbers
+    """
+    on_cpu = profiled_tokens is None
+    if config.device_tokens is not None:
+        device, why = config.device_tokens, "--rheoserve-device-tokens"
+    elif on_cpu:
+        device, why = int(free_bytes * CPU_DEVICE_SHARE / token_bytes), f"{CPU_DEVICE_SHARE:.0%} of free memory"
+    else:
+        device, why = profiled_tokens, "memory profiling"
+    if not on_cpu and device > profiled_tokens:
+        raise ValueError(
+            f"--rheoserve-device-tokens is {device}, but only {profiled_tokens} tokens fit beside the weights; "
+            "lower it, or raise --mem-fraction-static"
+        )
+    reason = f"device {device} tokens ({why}), "
+    beside = device * token_bytes if on_cpu else 0
+    most = int((free_bytes - beside) / token_bytes)
+    if config.host_size is not None:
+        host = int(config.host_size * GB / token_bytes)
+        reason += f"host {host} tokens (--rheoserve-host-size {config.host_size})"
+    else:
+        ratio = DEFAULT_HOST_RATIO if config.host_ratio is None else config.host_ratio
+        host = int(device * ratio)
+        reason += f"host {host} tokens ({ratio:g} times the device's)"
+        cap = int(most * HOST_SHARE)
+        if config.host_ratio is None and host > cap:
+            host = cap
+            reason += f", capped at {HOST_SHARE:.0%} of {free_bytes / GB:.1f} GB free host memory: {host} tokens"
+    if max_total_tokens is not None and host > max_total_tokens:
+        host = max_total_tokens
+        reason += f", cut by --max-total-tokens to {host}"
+    host, device = host // PAGE_TOKENS * PAGE_TOKENS, device // PAGE_TOKENS * PAGE_TOKENS
+    if host > most:
+        name = "--rheoserve-host-size" if config.host_size is not None else "--rheoserve-host-ratio"
+        raise ValueError(
+            f"{name} asks for a host store of {host * token_bytes / GB:.2f} GB ({host} tokens of {token_bytes} "
+            f"bytes), but {free_bytes / GB:.2f} GB of host memory are free and {beside / GB:.2f} GB of it go to "
+            f"frames; legal: at most {max(most, 0) * token_bytes / GB:.2f} GB"
+        )
+    if host < PAGE_TOKENS or device < PAGE_TOKENS:
+        raise ValueError(
+            f"no room for KV: the host store would hold {host} tokens and the device {device}; "
+            f"free memory, or raise --rheoserve-host-size or --rheoserve-device-tokens (at least {PAGE_TOKENS})"
+        )
+    return Sizes(min(device, host), host, reason)

@@ -1,0 +1,126 @@
+"""SGLang's ServerArgs with the `--rheoserve-*` flags.
+
+SGLang derives its command line, `/server_info` and YAML configuration from the fields of this
+dataclass, so a subclass is all that is needed. It is built from the ServerArgs in place when
+`build_server_args_class` is called and imports nothing heavier than that module.
+"""
+
+import dataclasses
+import logging
+from typing import Optional
+
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+from sglang.srt.server_args import ServerArgs
+
+from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
+from rheoserve_sgl.config import DEVICE_ATTENTION, MODES, SELECTORS, RheoConfig
+from rheoserve_sgl.refusals import refuse_flags, refuse_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class RheoServerArgs(ServerArgs):
+    """ServerArgs; inert unless `attention_backend` is "rheoserve"."""
+
+    rheoserve_mode: A[
+        str,
+        Arg(
+            help="RheoServe: what stays on the device and what the CPU visits. 'balanced': sink, window and the "
+            "most important blocks stay, the CPU visits selected blocks that do not; 'retrieval': sink and window "
+            "stay, the CPU visits the selection; 'window': sink and window only; 'full': every block is attended.",
+            choices=list(MODES),
+        ),
+        NS("memory"),
+    ] = "balanced"
+    rheoserve_selector: A[
+        str,
+        Arg(help="RheoServe: the gate that scores blocks of the quick K cache.", choices=list(SELECTORS)),
+        NS("memory"),
+    ] = "quest"
+    rheoserve_token_budget: A[
+        Optional[int],
+        "RheoServe: tokens selected per KV head per step, sink and window included (default 4096).",
+        NS("memory"),
+    ] = None
+    rheoserve_threshold: A[
+        Optional[float],
+        "RheoServe: select blocks whose softmax gate score exceeds this, instead of a token budget.",
+        NS("memory"),
+    ] = None
+    rheoserve_device_tokens: A[
+        Optional[int],
+        "RheoServe: device memory for KV blocks, in tokens (default: what memory profiling yields; on CPU 5%% of "
+        "the free memory).",
+        NS("memory"),
+    ] = None
+    rheoserve_host_size: A[
+        Optional[float],
+        "RheoServe: size of the host store of each rank in GB; overrides the ratio.",
+        NS("memory"),
+    ] = None
+    rheoserve_host_ratio: A[
+        Optional[float],
+        "RheoServe: host store as a multiple of the device tokens (default 4, capped at 70%% of free host memory).",
+        NS("memory"),
+    ] = None
+    rheoserve_sink_tokens: A[
+        int, "RheoServe: tokens at the start of a sequence that are always attended.", NS("memory")
+    ] = 64
+    rheoserve_window_tokens: A[
+        int, "RheoServe: recent tokens, before the newest page, that are always attended.", NS("memory")
+    ] = 512
+    rheoserve_exchange_interval: A[
+        int, "RheoServe: decode steps between two exchanges of blocks between the tiers.", NS("memory")
+    ] = 16
+    rheoserve_host_threads: A[
+        Optional[int],
+        "RheoServe: threads of the CPU attention kernel (default: the processors this process may use, shared "
+        "between tensor-parallel ranks).",
+        NS("memory"),
+    ] = None
+    rheoserve_device_attention: A[
+        str,
+        Arg(
+            help="RheoServe: the device attends to all its resident blocks ('resident') or only to the selected "
+            "ones ('selected').",
+            choices=list(DEVICE_ATTENTION),
+        ),
+        NS("memory"),
+    ] = "resident"
+
+    def __post_init__(self):
+        if not selects_rheoserve(self):
+            return super().__post_init__()
+        RheoConfig.from_server_args(self)
+        require_extension()
+        refuse_flags(self)
+        self._apply_defaults()
+        super().__post_init__()
+        if self.model_path.lower() not in ("none", "dummy"):
+            refuse_model(self.get_model_config())
+
+    def _apply_defaults(self):
+        if self.page_size is None:
+            self.page_size = PAGE_TOKENS
+        # Decode calls the CPU kernel between layers, so it cannot be captured yet; prefill and
+        # decode run eagerly. (docs/how-it-works.md, "On a GPU".)
+        self.disable_prefill_cuda_graph = True
+        self.disable_decode_cuda_graph = True
+
+
+def selects_rheoserve(server_args) -> bool:
+    """Whether this ServerArgs (before or after resolution) asks for RheoServe anywhere."""
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return any(getattr(server_args, name, None) == BACKEND_NAME for name in names)
+
+
+def require_extension():
+    """Raise RuntimeError with the remedy if the compiled extension cannot be loaded."""
+    try:
+        import rheoserve_sgl._C  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"rheoserve_sgl._C, the compiled extension, cannot be loaded ({error}); "
+            "reinstall with `pip install --force-reinstall --no-deps .` in a checkout of RheoServe"
+        ) from error
