@@ -5,9 +5,11 @@
 
 #include <memory>
 
+#include "append.h"
 #include "block_attention.h"
 #include "cpu_features.h"
 #include "plan.h"
+#include "score.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -34,29 +36,34 @@ class Attention {
   const char* variant() const { return variant_.name; }
   int threads() const { return pool_->size(); }
 
-  void attend(uintptr_t q, uintptr_t blocks, int64_t num_blocks, int dtype, uintptr_t lists, uintptr_t counts,
-              uintptr_t last_len, uintptr_t out, uintptr_t lse, int batch, int kv_heads, int group, int dim,
-              int max_list, float scale) {
+  // tiers: for each, (blocks, num_blocks, lists, counts, last_len, max_list)
+  using TierTuple = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int>;
+
+  void attend(uintptr_t q, const std::vector<TierTuple>& tiers, int dtype, uintptr_t out, uintptr_t lse, int batch,
+              int kv_heads, int group, int dim, float scale) {
     require(dtype >= 0 && dtype <= 2, "dtype is " + std::to_string(dtype) + "; legal: 0 fp32, 1 fp16, 2 bf16");
-    require(batch >= 0 && kv_heads >= 1 && max_list >= 0 && num_blocks >= 0, "a size is negative");
+    require(batch >= 0 && kv_heads >= 1, "a size is negative");
     require(group >= 1 && group <= rheo::kMaxGroup, "group is " + std::to_string(group) + "; legal: 1 to 16");
     require(dim >= rheo::kDimStep && dim <= rheo::kMaxDim && dim % rheo::kDimStep == 0,
             "dim is " + std::to_string(dim) + "; legal: multiples of 16 up to 256");
+    require(!tiers.empty() && tiers.size() <= rheo::kMaxTiers, "tiers has " + std::to_string(tiers.size()) + " entries; legal: 1 or 2");
     if (batch == 0) return;
     rheo::AttendArgs args;
     args.q = pointer<const float>(q, "q");
-    args.blocks = num_blocks == 0 ? nullptr : pointer<const void>(blocks, "blocks");
-    args.lists = max_list == 0 ? nullptr : pointer<const int32_t>(lists, "lists");
-    args.counts = pointer<const int32_t>(counts, "counts");
-    args.last_len = pointer<const int32_t>(last_len, "last_len");
+    args.num_tiers = static_cast<int>(tiers.size());
+    for (int t = 0; t < args.num_tiers; ++t) {
+      const auto& [blocks, num_blocks, lists, counts, last_len, max_list] = tiers[t];
+      require(num_blocks >= 0 && max_list >= 0, "a tier's size is negative");
+      args.tiers[t] = {num_blocks == 0 ? nullptr : pointer<const void>(blocks, "blocks"), num_blocks,
+                       max_list == 0 ? nullptr : pointer<const int32_t>(lists, "lists"),
+                       pointer<const int32_t>(counts, "counts"), pointer<const int32_t>(last_len, "last_len"), max_list};
+    }
     args.out = pointer<float>(out, "out");
     args.lse = pointer<float>(lse, "lse");
-    args.num_blocks = num_blocks;
     args.batch = batch;
     args.kv_heads = kv_heads;
     args.group = group;
     args.dim = dim;
-    args.max_list = max_list;
     args.scale = scale;
     args.dtype = static_cast<rheo::DType>(dtype);
     py::gil_scoped_release release;
@@ -77,6 +84,11 @@ void merge(uintptr_t out_a, uintptr_t lse_a, uintptr_t out_b, uintptr_t lse_b, u
               pointer<float>(out, "out"), pointer<float>(lse, "lse"), rows, dim);
 }
 
+rheo::PageTable table(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages) {
+  require(batch >= 1 && max_pages >= 1 && all_pages >= 1, "a size of the page table is not positive");
+  return {pointer<const int64_t>(pages, "pages"), pointer<const int32_t>(n_pages, "n_pages"), batch, max_pages, all_pages};
+}
+
 void plan(int select, int sink_pages, int window_pages, int budget_pages, float log_threshold, bool selected_only,
           uintptr_t scores, uintptr_t pages, uintptr_t n_pages, uintptr_t tail_len, uintptr_t frame_of,
           const std::vector<uintptr_t>& outputs, int batch, int kv_heads, int max_pages, int64_t all_pages) {
@@ -87,21 +99,44 @@ void plan(int select, int sink_pages, int window_pages, int budget_pages, float 
   const auto kind = static_cast<rheo::Select>(select);
   const bool scored = kind == rheo::Select::kBudget || kind == rheo::Select::kThreshold;
   rheo::PlanArgs args;
+  args.table = table(pages, n_pages, batch, max_pages, all_pages);
   args.scores = scored ? pointer<const float>(scores, "scores") : nullptr;
-  args.pages = pointer<const int64_t>(pages, "pages");
-  args.n_pages = pointer<const int32_t>(n_pages, "n_pages");
   args.tail_len = pointer<const int32_t>(tail_len, "tail_len");
   args.frame_of = pointer<const int32_t>(frame_of, "frame_of");
-  args.batch = batch;
   args.kv_heads = kv_heads;
-  args.max_pages = max_pages;
-  args.all_pages = all_pages;
   rheo::Visit* visits[2] = {&args.device, &args.host};
   for (int i = 0; i < 2; ++i)
     *visits[i] = {pointer<int32_t>(outputs[3 * i], "blocks"), pointer<int32_t>(outputs[3 * i + 1], "count"),
                   pointer<int32_t>(outputs[3 * i + 2], "last_len")};
   py::gil_scoped_release release;
   rheo::plan({kind, sink_pages, window_pages, budget_pages, log_threshold, selected_only}, args);
+}
+
+void score(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t gate_q,
+           uintptr_t quick, uintptr_t scores, int kv_heads, int group, int key_dim, float scale) {
+  require(key_dim % rheo::kDimStep == 0, "key_dim is " + std::to_string(key_dim) + "; legal: multiples of 16");
+  const rheo::PageTable rows = table(pages, n_pages, batch, max_pages, all_pages);
+  py::gil_scoped_release release;
+  rheo::score(rows, pointer<const float>(gate_q, "gate_q"), pointer<const float>(quick, "quick"),
+              pointer<float>(scores, "scores"), kv_heads, group, key_dim, scale);
+}
+
+void record(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t scores,
+            uintptr_t importance, int kv_heads, float decay) {
+  const rheo::PageTable rows = table(pages, n_pages, batch, max_pages, all_pages);
+  py::gil_scoped_release release;
+  rheo::record(rows, pointer<const float>(scores, "scores"), pointer<float>(importance, "importance"), kv_heads, decay);
+}
+
+void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc, uintptr_t k, uintptr_t v,
+            int64_t k_stride, int64_t v_stride, int64_t tokens, int64_t all_pages, int kv_heads, int row) {
+  if (tokens == 0) return;
+  const rheo::AppendArgs args{pointer<char>(host, "host"), pointer<char>(frames, "frames"),
+                              pointer<const int32_t>(frame_of, "frame_of"), pointer<const int64_t>(loc, "loc"),
+                              pointer<const char>(k, "k"), pointer<const char>(v, "v"),
+                              k_stride, v_stride, tokens, all_pages, kv_heads, row};
+  py::gil_scoped_release release;
+  rheo::append(args);
 }
 
 std::vector<std::string> cpu_variants() {
@@ -122,12 +157,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),
         py::arg("frame_of"), py::arg("outputs"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
         py::arg("all_pages"));
+  m.def("score", &score, "Gate scores over a page table.");
+  m.def("record", &record, "Accumulates gate scores into the importance of blocks.");
+  m.def("append", &append, "Writes new tokens into the host store and into resident frames.");
   py::class_<Attention>(m, "Attention", "A worker pool and a kernel variant.")
       .def(py::init<int, const std::string&>(), py::arg("threads"), py::arg("variant") = "")
       .def_property_readonly("variant", &Attention::variant)
       .def_property_readonly("threads", &Attention::threads)
-      .def("attend", &Attention::attend, py::kw_only(), py::arg("q"), py::arg("blocks"), py::arg("num_blocks"),
-           py::arg("dtype"), py::arg("lists"), py::arg("counts"), py::arg("last_len"), py::arg("out"), py::arg("lse"),
-           py::arg("batch"), py::arg("kv_heads"), py::arg("group"), py::arg("dim"), py::arg("max_list"),
-           py::arg("scale"));
+      .def("attend", &Attention::attend, py::kw_only(), py::arg("q"), py::arg("tiers"), py::arg("dtype"), py::arg("out"),
+           py::arg("lse"), py::arg("batch"), py::arg("kv_heads"), py::arg("group"), py::arg("dim"), py::arg("scale"));
 }

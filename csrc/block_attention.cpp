@@ -19,23 +19,24 @@ constexpr int kRunBlocks = 16;
 
 struct Task {
   int pair;   // request * kv_heads + head
+  int tier;
   int begin;  // first listed block
-  int state;  // row in the partial states
 };
 
-void check(const AttendArgs& a) {
+void check(const AttendArgs& a, const Tier& tier) {
   for (int pair = 0; pair < a.batch * a.kv_heads; ++pair) {
-    const std::string where =
-        " for request " + std::to_string(pair / a.kv_heads) + ", KV head " + std::to_string(pair % a.kv_heads);
-    const int count = a.counts[pair];
-    if (count < 0 || count > a.max_list)
-      throw std::out_of_range("count " + std::to_string(count) + " is not in [0, " + std::to_string(a.max_list) + "]" + where);
-    if (count > 0 && (a.last_len[pair] < 1 || a.last_len[pair] > kBlockTokens))
-      throw std::out_of_range("last_len " + std::to_string(a.last_len[pair]) + " is not in [1, 64]" + where);
-    const int32_t* ids = a.lists + static_cast<int64_t>(pair) * a.max_list;
+    const auto refuse = [&](const char* name, int64_t value, int64_t low, int64_t high) {
+      throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " is not in [" + std::to_string(low) + ", " +
+                              std::to_string(high) + "] for request " + std::to_string(pair / a.kv_heads) + ", KV head " +
+                              std::to_string(pair % a.kv_heads));
+    };
+    const int count = tier.counts[pair];
+    if (count < 0 || count > tier.max_list) refuse("count", count, 0, tier.max_list);
+    if (count > 0 && (tier.last_len[pair] < 1 || tier.last_len[pair] > kBlockTokens))
+      refuse("last_len", tier.last_len[pair], 1, kBlockTokens);
+    const int32_t* ids = tier.lists + static_cast<int64_t>(pair) * tier.max_list;
     for (int i = 0; i < count; ++i)
-      if (ids[i] < 0 || ids[i] >= a.num_blocks)
-        throw std::out_of_range("block " + std::to_string(ids[i]) + " is not in [0, " + std::to_string(a.num_blocks) + ")" + where);
+      if (ids[i] < 0 || ids[i] >= tier.num_blocks) refuse("block", ids[i], 0, tier.num_blocks - 1);
   }
 }
 
@@ -65,15 +66,15 @@ void finish(const AttendArgs& a, int pair, int first, int runs, const float* max
 }  // namespace
 
 void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool) {
-  check(a);
+  for (int t = 0; t < a.num_tiers; ++t) check(a, a.tiers[t]);
   const int pairs = a.batch * a.kv_heads;
   const int row = a.group * a.dim;
   std::vector<Task> tasks;
   std::vector<int> first(pairs + 1, 0);
   for (int pair = 0; pair < pairs; ++pair) {
     first[pair] = static_cast<int>(tasks.size());
-    for (int b = 0; b < a.counts[pair]; b += kRunBlocks)
-      tasks.push_back({pair, b, static_cast<int>(tasks.size())});
+    for (int t = 0; t < a.num_tiers; ++t)
+      for (int b = 0; b < a.tiers[t].counts[pair]; b += kRunBlocks) tasks.push_back({pair, t, b});
   }
   const int runs = first[pairs] = static_cast<int>(tasks.size());
 
@@ -86,13 +87,14 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool) {
   const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
   pool.run(runs, [&](int i) {
     const Task& task = tasks[i];
-    const int left = a.counts[task.pair] - task.begin;
+    const Tier& tier = a.tiers[task.tier];
+    const int left = tier.counts[task.pair] - task.begin;
     Run run;
     run.q = scaled.data() + static_cast<size_t>(task.pair) * row;
-    run.blocks = a.blocks;
-    run.ids = a.lists + static_cast<int64_t>(task.pair) * a.max_list + task.begin;
+    run.blocks = tier.blocks;
+    run.ids = tier.lists + static_cast<int64_t>(task.pair) * tier.max_list + task.begin;
     run.count = std::min(left, kRunBlocks);
-    run.last_len = left <= kRunBlocks ? a.last_len[task.pair] : kBlockTokens;
+    run.last_len = left <= kRunBlocks ? tier.last_len[task.pair] : kBlockTokens;
     run.group = a.group;
     run.dim = a.dim;
     kernel(run, {maxes.data() + static_cast<size_t>(i) * a.group, sums.data() + static_cast<size_t>(i) * a.group,

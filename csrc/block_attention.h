@@ -43,22 +43,32 @@ struct Variant {
   AttendRun attend[3];
 };
 
-struct AttendArgs {
-  const float* q;           // [batch, kv_heads, group, dim]
+// The listed blocks of one tier.
+struct Tier {
   const void* blocks;       // [num_blocks, 2, 64, dim]
+  int64_t num_blocks;
   const int32_t* lists;     // [batch, kv_heads, max_list]
   const int32_t* counts;    // [batch, kv_heads]
   const int32_t* last_len;  // [batch, kv_heads]
-  float* out;               // [batch, kv_heads, group, dim]
-  float* lse;               // [batch, kv_heads, group], natural log; -inf for an empty list
-  int64_t num_blocks;
-  int batch, kv_heads, group, dim, max_list;
+  int max_list;
+};
+
+constexpr int kMaxTiers = 2;
+
+struct AttendArgs {
+  const float* q;  // [batch, kv_heads, group, dim]
+  Tier tiers[kMaxTiers];
+  int num_tiers;
+  float* out;  // [batch, kv_heads, group, dim]
+  float* lse;  // [batch, kv_heads, group], natural log; -inf where every list is empty
+  int batch, kv_heads, group, dim;
   float scale;
   DType dtype;
 };
 
 class ThreadPool;
 
+// Attention over the union of the tiers' lists, which must be disjoint.
 // Throws std::out_of_range for a block id, count or tail length outside its bounds.
 void attend(const AttendArgs& args, const Variant& variant, ThreadPool& pool);
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "block_attention.h"
@@ -51,17 +49,13 @@ void close(const Visit& visit, int pair, int count, bool has_tail, int tail_len)
 void plan(const PlanRule& rule, const PlanArgs& a) {
   std::vector<char> chosen;
   std::vector<int> rest;
-  for (int b = 0; b < a.batch; ++b) {
-    const int pages = a.n_pages[b];
-    if (pages < 1 || pages > a.max_pages)
-      throw std::out_of_range("n_pages[" + std::to_string(b) + "] is " + std::to_string(pages) + ", not in [1, " + std::to_string(a.max_pages) + "]");
-    const int64_t* ids = a.pages + static_cast<int64_t>(b) * a.max_pages;
-    for (int p = 0; p < pages; ++p)
-      if (ids[p] < 0 || ids[p] >= a.all_pages)
-        throw std::out_of_range("page " + std::to_string(ids[p]) + " of request " + std::to_string(b) + " is not in [0, " + std::to_string(a.all_pages) + ")");
+  check(a.table);
+  for (int b = 0; b < a.table.batch; ++b) {
+    const int pages = a.table.n_pages[b];
+    const int64_t* ids = a.table.pages + static_cast<int64_t>(b) * a.table.max_pages;
     for (int h = 0; h < a.kv_heads; ++h) {
       const int pair = b * a.kv_heads + h;
-      const int64_t row = static_cast<int64_t>(pair) * a.max_pages;
+      const int64_t row = static_cast<int64_t>(pair) * a.table.max_pages;
       select(rule, a.scores == nullptr ? nullptr : a.scores + row, pages, chosen, rest);
       int on_device = 0, on_host = 0;
       bool tail_device = false, tail_host = false;

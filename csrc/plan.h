@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "score.h"
+
 namespace rheo {
 
 enum class Select : int { kAll = 0, kForced = 1, kBudget = 2, kThreshold = 3 };
@@ -21,13 +23,11 @@ struct Visit {
 };
 
 struct PlanArgs {
+  PageTable table;
   const float* scores;      // [batch, kv_heads, max_pages], or null if the rule needs none
-  const int64_t* pages;     // [batch, max_pages]
-  const int32_t* n_pages;   // [batch]
   const int32_t* tail_len;  // [batch]
   const int32_t* frame_of;  // [all_pages, kv_heads]
-  int batch, kv_heads, max_pages;
-  int64_t all_pages;
+  int kv_heads;
   Visit device, host;
 };
 

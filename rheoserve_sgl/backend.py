@@ -9,10 +9,9 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.hooks import require_hooks
-from rheoserve_sgl.ops.attention import attend
+from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.extension import usable_threads, worker_pool
-from rheoserve_sgl.ops.merge import merge
-from rheoserve_sgl.ops.plan import Rule, Select, Visit, plan
+from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention
 from rheoserve_sgl.ops.score import score
 from rheoserve_sgl.refusals import refuse_layers
@@ -66,19 +65,17 @@ class RheoAttnBackend(AttentionBackend):
         pool, batch = self.token_to_kv_pool, self.batch
         index = layer.layer_id - pool.start_layer
         self._store(layer, forward_batch, k, v, save_kv_cache)
-        if save_kv_cache and k is not None:
-            newest = batch.pages.gather(1, batch.n_pages[:, None].long() - 1)[:, 0]
-            pool.refresh_quick_keys(index, newest, batch.tail_len)
-        heads = q.float().view(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
+        heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
         scores = None
         if self.rule.needs_scores:
+            pool.refresh_quick_keys(index, batch.newest, batch.tail_len)
             scores = self._score(index, heads, layer.scaling)
             self.coordinator.record(index, batch, scores, fresh=False)
         steps = plan(self.rule, scores, batch.pages, batch.n_pages, batch.tail_len, pool.residency.frame_of[index])
-        self.coordinator.count_visits(int(steps.device.count.sum()), int(steps.host.count.sum()))
-        on_device = attend(heads, pool.frames.layers[index], steps.device, layer.scaling, self.threads)
-        on_host = self._attend_host(index, heads, steps.host, layer.scaling)
-        out, _ = merge(*on_device, *on_host)
+        self.coordinator.count_visits(steps)
+        out = attend_tiers(
+            heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
+        )
         return out.view(len(out), -1).to(q.dtype)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
@@ -96,7 +93,7 @@ class RheoAttnBackend(AttentionBackend):
                 prefix = self._gather_prefix(index, batch.pages[row], before)
                 out[tokens] = prefill_attention(q[tokens], k[tokens], v[tokens], prefix, layer.scaling)
             start += new
-        if save_kv_cache:
+        if save_kv_cache and self.rule.needs_scores:
             self._summarise(index, batch, prefixes, lengths, q, layer)
         return out.view(len(out), -1)
 
@@ -107,14 +104,7 @@ class RheoAttnBackend(AttentionBackend):
     def _score(self, index: int, heads: torch.Tensor, scale: float) -> torch.Tensor:
         """Gate scores of queries `[batch, kv_heads, group, head_dim]` over the batch's pages."""
         quick = self.token_to_kv_pool.quick
-        return score(quick.gate.query(heads), quick.layers[index], self.batch.pages, self.batch.valid, scale)
-
-    def _attend_host(self, index: int, heads: torch.Tensor, visit: Visit, scale: float):
-        """The CPU's part: the planned blocks in place, wherever the queries are."""
-        if heads.device.type != "cpu":
-            visit = Visit(visit.blocks.cpu(), visit.count.cpu(), visit.last_len.cpu())
-        out, lse = attend(heads.cpu().contiguous(), self.token_to_kv_pool.host.blocks(index), visit, scale, self.threads)
-        return out.to(heads.device), lse.to(heads.device)
+        return score(quick.gate.query(heads), quick.layers[index], self.batch.pages, self.batch.n_pages, scale)
 
     def _gather_prefix(self, index: int, pages: torch.Tensor, tokens: int):
         """K and V of a request's first tokens, `[2, kv_heads, tokens, head_dim]`, or None."""
@@ -137,9 +127,8 @@ class RheoAttnBackend(AttentionBackend):
         pool.refresh_quick_keys(index, batch.pages[written], filled[written])
         if self.config.mode == "balanced":
             last = (torch.cumsum(lengths, 0) - 1).clamp(min=0)
-            heads = q[last].float().view(len(lengths), pool.head_num, -1, layer.head_dim)
-            scores = self._score(index, heads, layer.scaling)
-            self.coordinator.record(index, batch, scores, fresh=True)
+            heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
+            self.coordinator.record(index, batch, self._score(index, heads, layer.scaling), fresh=True)
 
 
 def decode_rule(config) -> Rule:

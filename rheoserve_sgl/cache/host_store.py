@@ -28,17 +28,6 @@ class HostStore:
         """The layer as `[pages * kv_heads, 2, 64, head_dim]`."""
         return self.layers[layer].flatten(0, 1)
 
-    def write(self, layer: int, page: torch.Tensor, offset: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Store tokens.
-
-        Args:
-            page, offset: `[tokens]` int64, on the host
-            k, v: `[tokens, kv_heads, head_dim]`, on the host
-        """
-        store = self.layers[layer]
-        store[page, :, 0, offset] = k
-        store[page, :, 1, offset] = v
-
     def gather(self, layer: int, pages: torch.Tensor) -> torch.Tensor:
         """Pages of one sequence as `[2, kv_heads, len(pages) * 64, head_dim]`, contiguous."""
         picked = self.layers[layer].index_select(0, pages)

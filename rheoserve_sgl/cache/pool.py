@@ -13,6 +13,7 @@ from rheoserve_sgl.cache.quick_keys import QuickKeys
 from rheoserve_sgl.cache.residency import Residency
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.ops.append import append
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -70,12 +71,11 @@ class TwoTierKVPool(MHATokenToKVPool):
             raise NotImplementedError("RheoServe's pool has no scaled or context-parallel writes")
         loc = unwrap_write_loc(loc_info)[0]
         index = (layer.layer_id if layer_id_override is None else layer_id_override) - self.start_layer
-        self.write(index, loc // PAGE_TOKENS, loc % PAGE_TOKENS, cache_k.to(self.dtype), cache_v.to(self.dtype))
+        self.write(index, loc, cache_k.to(self.dtype), cache_v.to(self.dtype))
 
-    def write(self, index: int, page: torch.Tensor, offset: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Store tokens of layer `index`: page, offset `[tokens]`; k, v `[tokens, kv_heads, head_dim]`."""
-        self.frames.write(index, self.residency.frame_of[index, page], offset, k, v)
-        self.host.write(index, page.cpu(), offset.cpu(), k.cpu(), v.cpu())
+    def write(self, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Store tokens of layer `index`: loc `[tokens]` int64; k, v `[tokens, kv_heads, head_dim]`."""
+        append(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
 
     def refresh_quick_keys(self, index: int, pages: torch.Tensor, filled: torch.Tensor):
         """Recompute gate keys from the host store: pages `[n]`, valid tokens of each `[n]`."""
@@ -124,7 +124,7 @@ class TwoTierKVPool(MHATokenToKVPool):
     def load_cpu_copy(self, kv_cache_cpu, indices, mamba_indices=None):
         for index, kv in enumerate(kv_cache_cpu):
             kv = kv.to(self.device)
-            self.write(index, indices // PAGE_TOKENS, indices % PAGE_TOKENS, kv[:, :, 0], kv[:, :, 1])
+            self.write(index, indices, kv[:, :, 0].contiguous(), kv[:, :, 1].contiguous())
 
     def _no_flat_buffer(self, *_):
         raise NotImplementedError(

@@ -13,10 +13,15 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS, environ
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.exchange import EXCHANGE_BYTES, equal_shares, rank_blocks, wanted_blocks
-from rheoserve_sgl.coordinator.recorder import DECAY, record
+from rheoserve_sgl.ops.plan import Plan
+from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 
 logger = logging.getLogger(__name__)
+
+# Weight of the recorder's past at each step: a block that stops mattering halves its importance in about
+# 22 steps, a little more than one default exchange interval.
+DECAY = 0.97
 
 
 class Coordinator:
@@ -76,11 +81,12 @@ class Coordinator:
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor, fresh: bool):
         """Fold gate scores `[batch, kv_heads, max_pages]` into a layer's importance."""
-        record(self.pool.importance[layer], batch.pages, batch.valid, log_scores, 0.0 if fresh else DECAY)
+        record(log_scores, self.pool.importance[layer], batch.pages, batch.n_pages, 0.0 if fresh else DECAY)
 
-    def count_visits(self, device_blocks: int, host_blocks: int):
-        self.counts["device_blocks"] += device_blocks
-        self.counts["host_blocks"] += host_blocks
+    def count_visits(self, plan: Plan):
+        """Count the blocks that one layer's plan attends in each tier."""
+        self.counts["device_blocks"] += int(plan.device.count.sum())
+        self.counts["host_blocks"] += int(plan.host.count.sum())
 
     def _exchange(self, batch: Batch):
         pool = self.pool

@@ -2,14 +2,15 @@
 
 The same op serves both tiers: a block is `[2, 64, head_dim]` whether it lies in a frame or in the host
 store. `attend_torch` is the documentation, the oracle, and what runs on a GPU's frames for now;
-`attend_cpu` is the C++ kernel.
+`attend_cpu` is the C++ kernel; `attend_tiers` is what a decode step calls.
 """
 
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.extension import DTYPES, address, worker_pool
-from rheoserve_sgl.ops.plan import Visit
+from rheoserve_sgl.ops.merge import merge_torch
+from rheoserve_sgl.ops.plan import Plan, Visit
 
 
 def attend_torch(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float):
@@ -47,31 +48,65 @@ def attend_torch(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: flo
     return weights @ values, lse
 
 
-def attend_cpu(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float, threads: int, variant: str = ""):
-    """`attend_torch` by the C++ kernel; all tensors on the host, `blocks` in fp32, fp16 or bf16."""
+def attend_cpu(q: torch.Tensor, tiers, scale: float, threads: int, variant: str = ""):
+    """Attention over the union of one or two tiers' lists by the C++ kernel.
+
+    Args:
+        q: `[batch, kv_heads, group, head_dim]` float32
+        tiers: pairs of blocks (fp32, fp16 or bf16, all alike) and Visit, on the host; lists are disjoint
+        scale: softmax scale
+        threads: size of the worker pool
+        variant: kernel variant, "" for the best
+
+    Returns:
+        out, lse as `attend_torch`
+    """
     batch, kv_heads, group, dim = q.shape
     pairs = (batch, kv_heads)
-    if blocks.dtype not in DTYPES:
-        raise ValueError(f"blocks are {blocks.dtype}; legal: {', '.join(map(str, DTYPES))}")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dtype = tiers[0][0].dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"blocks are {dtype}; legal: {', '.join(map(str, DTYPES))}")
+    out = torch.empty(q.shape, dtype=torch.float32)
     lse = torch.empty((*pairs, group), dtype=torch.float32)
     worker_pool(threads, variant).attend(
         q=address(q, torch.float32, (*pairs, group, dim), "q"),
-        blocks=address(blocks, blocks.dtype, (len(blocks), 2, PAGE_TOKENS, dim), "blocks"),
-        num_blocks=len(blocks),
-        dtype=DTYPES[blocks.dtype],
-        lists=address(visit.blocks, torch.int32, (*pairs, visit.blocks.shape[-1]), "visit.blocks"),
-        counts=address(visit.count, torch.int32, pairs, "visit.count"),
-        last_len=address(visit.last_len, torch.int32, pairs, "visit.last_len"),
+        tiers=[
+            (
+                address(blocks, dtype, (len(blocks), 2, PAGE_TOKENS, dim), "blocks"),
+                len(blocks),
+                address(visit.blocks, torch.int32, (*pairs, visit.blocks.shape[-1]), "visit.blocks"),
+                address(visit.count, torch.int32, pairs, "visit.count"),
+                address(visit.last_len, torch.int32, pairs, "visit.last_len"),
+                visit.blocks.shape[-1],
+            )
+            for blocks, visit in tiers
+        ],
+        dtype=DTYPES[dtype],
         out=out.data_ptr(),
         lse=lse.data_ptr(),
-        batch=batch, kv_heads=kv_heads, group=group, dim=dim, max_list=visit.blocks.shape[-1], scale=scale,
+        batch=batch, kv_heads=kv_heads, group=group, dim=dim, scale=scale,
     )
     return out, lse
 
 
-def attend(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float, threads: int):
-    """Attention over the lists of one tier, by the best implementation where `blocks` are."""
-    if blocks.device.type == "cpu":
-        return attend_cpu(q, blocks, visit, scale, threads)
-    return attend_torch(q, blocks, visit, scale)
+def attend_tiers(q: torch.Tensor, frames: torch.Tensor, host: torch.Tensor, plan: Plan, scale: float, threads: int):
+    """One decode step's attention of one layer: frames and host blocks, merged by LSE.
+
+    Where frames are in host memory too, one kernel call attends to both tiers, so that its threads
+    share the work whatever the split; otherwise each tier is attended where it is.
+
+    Args:
+        q: `[batch, kv_heads, group, head_dim]` float32
+        frames: `[frames + 1, 2, 64, head_dim]`
+        host: `[blocks, 2, 64, head_dim]`, in host memory
+        plan: this step's lists
+
+    Returns:
+        out: like q
+    """
+    if frames.device.type == "cpu":
+        return attend_cpu(q, ((frames, plan.device), (host, plan.host)), scale, threads)[0]
+    visit = Visit(plan.host.blocks.cpu(), plan.host.count.cpu(), plan.host.last_len.cpu())
+    on_device = attend_torch(q, frames, plan.device, scale)
+    on_host = attend_cpu(q.cpu(), ((host, visit),), scale, threads)
+    return merge_torch(*on_device, *(part.to(q.device) for part in on_host))[0]

@@ -1,9 +1,11 @@
-"""Gate scores of blocks: one log probability for each KV head and page."""
+"""Gate scores of blocks, one log probability for each KV head and page, and their running sum."""
 
 import torch
 
+from rheoserve_sgl.ops.extension import address, extension
 
-def score(gate_q: torch.Tensor, quick: torch.Tensor, pages: torch.Tensor, valid: torch.Tensor, scale: float):
+
+def score(gate_q, quick, pages, n_pages, scale: float):
     """Score the pages of each request.
 
     A page's score is the best, over the query heads of a group, of the log-softmax of the gate's logits over
@@ -13,13 +15,75 @@ def score(gate_q: torch.Tensor, quick: torch.Tensor, pages: torch.Tensor, valid:
         gate_q: `[batch, kv_heads, group, key_dim]` float32
         quick: `[all_pages, kv_heads, key_dim]` float32
         pages: `[batch, max_pages]` int64
-        valid: `[batch, max_pages]` bool
+        n_pages: `[batch]` int32, at least 1
         scale: softmax scale
 
     Returns:
-        `[batch, kv_heads, max_pages]` float32, -inf where not valid
+        `[batch, kv_heads, max_pages]` float32, -inf beyond n_pages
     """
+    run = score_cpu if pages.device.type == "cpu" else score_torch
+    return run(gate_q, quick, pages, n_pages, scale)
+
+
+def score_torch(gate_q, quick, pages, n_pages, scale: float):
+    valid = torch.arange(pages.shape[1], device=pages.device) < n_pages[:, None]
     keys = quick[pages].permute(0, 2, 3, 1)  # [batch, kv_heads, key_dim, max_pages]
     logits = (gate_q * scale) @ keys
     logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
     return torch.log_softmax(logits, -1).amax(2)
+
+
+def score_cpu(gate_q, quick, pages, n_pages, scale: float):
+    batch, kv_heads, group, key_dim = gate_q.shape
+    scores = torch.empty((batch, kv_heads, pages.shape[1]), dtype=torch.float32)
+    extension().score(
+        *_table(pages, n_pages, len(quick)),
+        address(gate_q, torch.float32, (batch, kv_heads, group, key_dim), "gate_q"),
+        address(quick, torch.float32, (len(quick), kv_heads, key_dim), "quick"),
+        scores.data_ptr(), kv_heads, group, key_dim, scale,
+    )
+    return scores
+
+
+def record(scores, importance, pages, n_pages, decay: float):
+    """Fold one step's scores into a layer's importance, in place: exp(score) + decay * importance.
+
+    A page that several requests share takes the largest of their values.
+
+    Args:
+        scores: `[batch, kv_heads, max_pages]` float32 log probabilities
+        importance: `[all_pages, kv_heads]` float32
+        pages, n_pages: as for `score`
+        decay: weight of the past; 0 starts afresh
+    """
+    run = record_cpu if pages.device.type == "cpu" else record_torch
+    run(scores, importance, pages, n_pages, decay)
+
+
+def record_torch(scores, importance, pages, n_pages, decay: float):
+    valid = torch.arange(pages.shape[1], device=pages.device) < n_pages[:, None]
+    where = torch.where(valid, pages, 0)  # page 0 is nobody's
+    values = torch.exp(scores).transpose(1, 2)
+    if decay:
+        values = values + decay * importance[where]
+    index = where.reshape(-1, 1).expand(-1, importance.shape[1])
+    importance.scatter_reduce_(0, index, values.reshape(index.shape), "amax", include_self=False)
+
+
+def record_cpu(scores, importance, pages, n_pages, decay: float):
+    all_pages, kv_heads = importance.shape
+    extension().record(
+        *_table(pages, n_pages, all_pages),
+        address(scores, torch.float32, (len(pages), kv_heads, pages.shape[1]), "scores"),
+        address(importance, torch.float32, (all_pages, kv_heads), "importance"),
+        kv_heads, decay,
+    )
+
+
+def _table(pages, n_pages, all_pages: int) -> tuple:
+    batch, max_pages = pages.shape
+    return (
+        address(pages, torch.int64, (batch, max_pages), "pages"),
+        address(n_pages, torch.int32, (batch,), "n_pages"),
+        batch, max_pages, all_pages,
+    )

@@ -17,6 +17,7 @@ class Batch:
     tail_len: `[batch]` int32, tokens of the newest page, 1 to 64
     valid: `[batch, max_pages]` bool, below n_pages
     forced: `[batch, max_pages]` bool, sink, window and newest page
+    newest: `[batch]` int64, each request's last page
     """
 
     requests: torch.Tensor
@@ -25,6 +26,7 @@ class Batch:
     tail_len: torch.Tensor
     valid: torch.Tensor
     forced: torch.Tensor
+    newest: torch.Tensor
 
     @classmethod
     def build(cls, req_to_token, requests, seq_lens, longest: int, sink_pages: int, window_pages: int) -> "Batch":
@@ -43,11 +45,13 @@ class Batch:
         newest = n_pages[:, None] - 1
         forced = ((at < sink_pages) | (at >= newest - window_pages)) & valid
         first_tokens = req_to_token[requests, : width * PAGE_TOKENS : PAGE_TOKENS].long()
+        pages = torch.where(valid, first_tokens // PAGE_TOKENS, 0).contiguous()
         return cls(
             requests=requests,
-            pages=torch.where(valid, first_tokens // PAGE_TOKENS, 0).contiguous(),
+            pages=pages,
             n_pages=n_pages.to(torch.int32),
             tail_len=(seq_lens - (n_pages - 1) * PAGE_TOKENS).to(torch.int32),
             valid=valid,
             forced=forced,
+            newest=pages.gather(1, newest)[:, 0],
         )

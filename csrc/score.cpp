@@ -1,0 +1,86 @@
+#include "score.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace rheo {
+namespace {
+
+constexpr int kLanes = 16;  // independent sums, so that the compiler may use whatever vectors it has
+
+float dot(const float* a, const float* b, int n) {
+  float sums[kLanes] = {};
+  for (int i = 0; i < n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) sums[j] += a[i + j] * b[i + j];
+  float total = 0.0f;
+  for (int j = 0; j < kLanes; ++j) total += sums[j];
+  return total;
+}
+
+}  // namespace
+
+void check(const PageTable& t) {
+  for (int b = 0; b < t.batch; ++b) {
+    if (t.n_pages[b] < 1 || t.n_pages[b] > t.max_pages)
+      throw std::out_of_range("n_pages[" + std::to_string(b) + "] is " + std::to_string(t.n_pages[b]) + ", not in [1, " + std::to_string(t.max_pages) + "]");
+    const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
+    for (int p = 0; p < t.n_pages[b]; ++p)
+      if (ids[p] < 0 || ids[p] >= t.all_pages)
+        throw std::out_of_range("page " + std::to_string(ids[p]) + " of request " + std::to_string(b) + " is not in [0, " + std::to_string(t.all_pages) + ")");
+  }
+}
+
+void score(const PageTable& t, const float* gate_q, const float* quick, float* scores, int kv_heads, int group,
+           int key_dim, float scale) {
+  check(t);
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  std::vector<float> logits(t.max_pages);
+  for (int b = 0; b < t.batch; ++b) {
+    const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
+    const int pages = t.n_pages[b];
+    for (int h = 0; h < kv_heads; ++h) {
+      const int64_t pair = static_cast<int64_t>(b) * kv_heads + h;
+      float* out = scores + pair * t.max_pages;
+      std::fill(out, out + t.max_pages, kLowest);
+      for (int g = 0; g < group; ++g) {
+        const float* q = gate_q + (pair * group + g) * key_dim;
+        float top = kLowest;
+        for (int p = 0; p < pages; ++p) {
+          logits[p] = scale * dot(q, quick + (ids[p] * kv_heads + h) * key_dim, key_dim);
+          top = logits[p] > top ? logits[p] : top;
+        }
+        float sum = 0.0f;
+        for (int p = 0; p < pages; ++p) sum += std::exp(logits[p] - top);
+        const float lse = top + std::log(sum);
+        // A NaN wins and stays, as in torch's amax.
+        for (int p = 0; p < pages; ++p) {
+          const float s = logits[p] - lse;
+          out[p] = out[p] > s || std::isnan(out[p]) ? out[p] : s;
+        }
+      }
+    }
+  }
+}
+
+void record(const PageTable& t, const float* scores, float* importance, int kv_heads, float decay) {
+  check(t);
+  const auto each = [&](auto&& visit) {
+    for (int b = 0; b < t.batch; ++b)
+      for (int h = 0; h < kv_heads; ++h) {
+        const int64_t row = (static_cast<int64_t>(b) * kv_heads + h) * t.max_pages;
+        for (int p = 0; p < t.n_pages[b]; ++p)
+          visit(row + p, importance[t.pages[static_cast<int64_t>(b) * t.max_pages + p] * kv_heads + h]);
+      }
+  };
+  // The old values are read for all rows before any is overwritten: rows may share pages.
+  std::vector<float> fresh(static_cast<size_t>(t.batch) * kv_heads * t.max_pages);
+  each([&](int64_t i, float& old) { fresh[i] = std::exp(scores[i]) + (decay == 0.0f ? 0.0f : decay * old); });
+  each([&](int64_t, float& old) { old = 0.0f; });
+  each([&](int64_t i, float& now) { now = std::max(now, fresh[i]); });
+}
+
+}  // namespace rheo
