@@ -22,12 +22,11 @@ def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
     ranked = n_pages[order].long()
     before = torch.cumsum(ranked, 0) - ranked
     heads_left = len(ranked) - torch.arange(len(ranked), device=n_pages.device)
-    # The i-th shortest gets its need, or an equal part of what the shorter ones left.
-    level = ((capacity - before).clamp(min=0) // heads_left)
-    # Once a request is cut, all longer ones get the same cut.
+    # The i-th shortest gets its need, unless that is more than an equal part of what the shorter ones
+    # left; the first that is cut sets the cut for all longer ones.
+    level = (capacity - before).clamp(min=0) // heads_left
     cut = ranked > level
-    first = torch.where(cut, level, torch.iinfo(torch.int64).max)
-    cap = torch.cummin(first, 0).values
+    cap = torch.where(cut.any(), level[cut.int().argmax()], ranked[-1])
     shares = torch.empty_like(ranked)
     shares[order] = torch.minimum(ranked, cap)
     return shares

@@ -27,7 +27,9 @@ def attend_torch(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: flo
         lse: `[batch, kv_heads, group]` float32, natural log, -inf where the list is empty
     """
     batch, kv_heads, group, dim = q.shape
-    width = max(int(visit.count.max()), 1) if visit.count.numel() else 1
+    width = int(visit.count.max()) if visit.count.numel() else 0
+    if width == 0:
+        return torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)
     slot = torch.arange(width, device=q.device)
     listed = slot < visit.count[..., None]
     ids = torch.where(listed, visit.blocks[..., :width], 0).long()

@@ -1,0 +1,30 @@
+"""Fixtures: checkpoints made here, and real server processes."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from serving import Checkpoints, Server, rheo_server
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Checkpoints:
+    """Small checkpoints by shape and dtype, made once."""
+    return Checkpoints(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def dense(checkpoints, tmp_path_factory):
+    """SGLang's own torch_native backend in fp32: the dense oracle."""
+    args = ["--attention-backend", "torch_native", "--page-size", "64", "--max-total-tokens", "65536"]
+    with Server(checkpoints.path(), args, tmp_path_factory.mktemp("dense") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def full(checkpoints, tmp_path_factory):
+    """RheoServe in `full` mode in fp32, with frames for 512 tokens: most blocks are in the host store only."""
+    args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512", "--enable-cache-report"]
+    with rheo_server(checkpoints.path(), args, tmp_path_factory.mktemp("full")) as server:
+        yield server

@@ -1,0 +1,22 @@
+"""A real pool and allocator of small size, for tests that drive them without a server."""
+
+import torch
+
+from rheoserve_sgl.cache.allocator import TwoTierAllocator
+from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.coordinator.coordinator import Coordinator
+
+LAYERS, HEADS, DIM = 2, 2, 64
+
+
+def make_pool(tokens: int, device_tokens: int, device: str = "cpu", dtype=torch.float32, **settings):
+    """(pool, allocator) as RheoServe's hooks build them in a server."""
+    config = RheoConfig(device_tokens=device_tokens, **settings)
+    pool = TwoTierKVPool(
+        tokens, config=config, dtype=dtype, head_num=HEADS, head_dim=DIM, layer_num=LAYERS, device=device,
+        enable_memory_saver=False, start_layer=0, end_layer=LAYERS, enable_alt_stream=False,
+    )
+    pool.coordinator = Coordinator(pool)
+    allocator = TwoTierAllocator(tokens, page_size=64, dtype=dtype, device=device, kvcache=pool, need_sort=False)
+    return pool, allocator

@@ -1,0 +1,132 @@
+"""Helpers for tests: checkpoints and real SGLang server processes."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+START_SECONDS = 240
+ANSWER_SECONDS = 300
+VOCABULARY = 256  # byte tokens; the special ones stay out of random prompts
+
+
+class Checkpoints:
+    """Checkpoints in Hugging Face format, made by rheoserve_sgl.nano.make."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, *options: str) -> Path:
+        """The checkpoint made with these command-line options."""
+        path = self.folder / ("nano" + "_".join(options).replace("--", ""))
+        if not path.exists():
+            command = [sys.executable, "-m", "rheoserve_sgl.nano.make", str(path), *options]
+            subprocess.run(command, check=True, capture_output=True)
+        return path
+
+
+def launch_command(model: Path, args: list[str], port: int) -> list[str]:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
+    # An idle scheduler polls; several servers would fight for two cores.
+    command += ["--sleep-on-idle", "--random-seed", "1", "--skip-server-warmup"]
+    for name, value in (("--dtype", "float32"), ("--context-length", "16384")):
+        if name not in args:
+            command += [name, value]
+    return command + args
+
+
+class Server:
+    """A real server process, ready to answer; killed with its children on exit."""
+
+    def __init__(self, model: Path, args: list[str], log: Path, env: dict | None = None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self.model = model
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                launch_command(model, args, self.port), stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {})
+            )
+
+    def __enter__(self):
+        deadline = time.time() + START_SECONDS
+        while time.time() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server exited with {self.process.returncode}:\n{self.tail()}")
+            try:
+                if requests.get(self.url + "/health", timeout=5).status_code == 200:
+                    return self
+            except requests.ConnectionError:
+                pass
+            time.sleep(0.5)
+        self.stop()
+        raise RuntimeError(f"the server was not ready in {START_SECONDS} s:\n{self.tail()}")
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+    def tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def post(self, path: str, body: dict, **kwargs) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=ANSWER_SECONDS, **kwargs)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, **extra) -> list[dict]:
+        """Greedy answers to a batch of token prompts."""
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        reply = self.post("/generate", {"input_ids": prompts, "sampling_params": sampling, **extra})
+        assert reply.status_code == 200, f"{reply.text}\n{self.tail()}"
+        return reply.json()
+
+    def tokens(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        return [answer["output_ids"] for answer in self.generate(prompts, new_tokens)]
+
+    def info(self) -> dict:
+        return requests.get(self.url + "/server_info", timeout=60).json()
+
+    def rheo(self) -> dict:
+        """RheoServe's part of /server_info."""
+        return self.info()["internal_states"][0]["rheoserve"]
+
+    def flush(self):
+        """flush_cache, which SGLang refuses (400) until the last request has left."""
+        for _ in range(40):
+            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
+                return
+            time.sleep(0.25)
+        raise AssertionError(f"flush_cache was refused:\n{self.tail()}")
+
+    def settle(self) -> dict:
+        """RheoServe's counts once nothing runs and nothing is cached."""
+        self.flush()
+        return self.rheo()
+
+
+def random_prompts(seed: int, lengths) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def rheo_server(model: Path, args: list[str], folder: Path, env: dict | None = None) -> Server:
+    """A server with RheoServe selected, its host store of modest size."""
+    return Server(model, ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.4", *args], folder / "log", env)

@@ -1,0 +1,187 @@
+"""CPU attention kernels against a float64 oracle: every variant, dtype, group size and head dim."""
+
+import pytest
+import torch
+
+from rheoserve_sgl.ops.attention import attend_cpu, attend_torch, attend_tiers
+from rheoserve_sgl.ops.extension import extension, worker_pool
+from rheoserve_sgl.ops.merge import merge_torch
+from rheoserve_sgl.ops.plan import Plan, Visit
+
+VARIANTS = extension().cpu_variants()
+# fp32 inputs leave only accumulation; 16-bit inputs are exact in the oracle as well, so the bound is the same.
+TOLERANCE = 1e-5
+
+
+def make_visit(batch, kv_heads, counts, blocks, seed) -> Visit:
+    """Random distinct blocks in the lists, random tails; unused entries are poisoned."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(max(counts), 1)
+    lists = torch.full((batch, kv_heads, width), -12345, dtype=torch.int32)
+    count = torch.tensor(counts, dtype=torch.int32).expand(batch * kv_heads)[: batch * kv_heads].view(batch, kv_heads)
+    for b in range(batch):
+        for h in range(kv_heads):
+            n = int(count[b, h])
+            lists[b, h, :n] = torch.randperm(blocks, generator=generator)[:n].to(torch.int32)
+    last = torch.randint(1, 65, (batch, kv_heads), generator=generator, dtype=torch.int32)
+    return Visit(lists, count.contiguous(), last)
+
+
+def oracle(q, blocks, visit, scale):
+    """float64, one request and head at a time."""
+    batch, kv_heads, group, dim = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(kv_heads):
+            n = int(visit.count[b, h])
+            if n == 0:
+                continue
+            picked = blocks[visit.blocks[b, h, :n].long()].double()
+            length = (n - 1) * 64 + int(visit.last_len[b, h])
+            keys, values = (picked[:, i].reshape(-1, dim)[:length] for i in (0, 1))
+            logits = q[b, h].double() @ keys.T * scale
+            lse[b, h] = torch.logsumexp(logits, -1)
+            out[b, h] = torch.softmax(logits, -1) @ values
+    return out, lse
+
+
+def check(result, expected, tolerance=TOLERANCE):
+    torch.testing.assert_close(result[0].double(), expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result[1].double(), expected[1], rtol=tolerance, atol=tolerance)
+
+
+def run(impl, q, blocks, visit, scale):
+    if impl == "torch":
+        return attend_torch(q, blocks, visit, scale)
+    return attend_cpu(q, ((blocks, visit),), scale, 2, impl)
+
+
+@pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_matches_oracle(impl, dtype, dim):
+    for group in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16):
+        torch.manual_seed(group)
+        blocks = torch.randn(80, 2, 64, dim).to(dtype)
+        q = torch.randn(2, 3, group, dim)
+        visit = make_visit(2, 3, (1, 17, 0, 33, 16, 2), 80, group)
+        check(run(impl, q, blocks, visit, dim**-0.5), oracle(q, blocks, visit, dim**-0.5))
+
+
+@pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 31, 62, 63, 64])
+def test_every_tail_ignores_what_lies_behind_it(impl, last):
+    blocks = torch.randn(6, 2, 64, 64)
+    visit = Visit(torch.tensor([[[3, 5]]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32),
+                  torch.tensor([[last]], dtype=torch.int32))
+    q = torch.randn(1, 1, 4, 64)
+    expected = oracle(q, blocks, visit, 0.125)
+    blocks[5, :, last:] = torch.nan
+    check(run(impl, q, blocks, visit, 0.125), expected)
+
+
+@pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
+def test_empty_lists(impl):
+    visit = make_visit(2, 2, (0,), 4, 0)
+    out, lse = run(impl, torch.randn(2, 2, 4, 64), torch.randn(4, 2, 64, 64), visit, 1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert bool(torch.isneginf(lse).all())
+
+
+@pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
+def test_logits_of_ten_thousand(impl):
+    blocks = torch.randn(4, 2, 64, 64)
+    q = torch.randn(1, 1, 4, 64)
+    visit = make_visit(1, 1, (4,), 4, 0)
+    scale = 1e4 / float((q.abs().max() * blocks.abs().max() * 64**0.5))
+    out, lse = run(impl, q * 1e3, blocks, visit, scale * 1e-2)
+    check((out, lse), oracle(q * 1e3, blocks, visit, scale * 1e-2), 1e-3)
+
+
+@pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
+def test_nan_poisons_its_own_head_only(impl):
+    blocks, visit = torch.randn(8, 2, 64, 64), make_visit(1, 2, (3,), 8, 1)
+    q = torch.randn(1, 2, 5, 64)
+    clean, _ = run(impl, q, blocks, visit, 0.125)
+    q[0, 1, 2, 7] = torch.nan
+    out, _ = run(impl, q, blocks, visit, 0.125)
+    assert bool(out[0, 1, 2].isnan().all())
+    out[0, 1, 2] = clean[0, 1, 2]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answer_depends_on_neither_threads_nor_batch(variant):
+    blocks, q = torch.randn(200, 2, 64, 64), torch.randn(3, 2, 4, 64)
+    visit = make_visit(3, 2, (150, 3, 77, 16, 1, 0), 200, 2)
+    alone = Visit(*(t[:1].contiguous() for t in (visit.blocks, visit.count, visit.last_len)))
+    together = attend_cpu(q, ((blocks, visit),), 0.125, 3, variant)
+    single = attend_cpu(q[:1].contiguous(), ((blocks, alone),), 0.125, 1, variant)
+    assert torch.equal(together[0][:1], single[0])
+    assert torch.equal(together[1][:1], single[1])
+
+
+@pytest.mark.parametrize("empty", ["neither", "device", "host"])
+def test_two_tiers_equal_one(empty):
+    """However a list is split between the tiers, the merged answer is that of the whole."""
+    q, blocks = torch.randn(2, 2, 4, 64), torch.randn(40, 2, 64, 64)
+    whole = make_visit(2, 2, (20,), 40, 3)
+    expected, _ = oracle(q, blocks, whole, 0.125)
+    cut = {"neither": 7, "device": 0, "host": 20}[empty]
+    full = torch.full((2, 2), 64, dtype=torch.int32)
+    device = Visit(whole.blocks[..., :cut].contiguous(), full - 64 + cut, whole.last_len if cut == 20 else full)
+    host = Visit(whole.blocks[..., cut:].contiguous(), full - 44 - cut, whole.last_len)
+    merged = attend_tiers(q, blocks, blocks, Plan(device, host), 0.125, 2)
+    torch.testing.assert_close(merged.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    parts = merge_torch(*attend_torch(q, blocks, device, 0.125), *attend_torch(q, blocks, host, 0.125))
+    torch.testing.assert_close(parts[0].double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_merge_of_two_empty_sets():
+    out, lse = merge_torch(torch.zeros(3, 8), torch.full((3,), -torch.inf), torch.zeros(3, 8), torch.full((3,), -torch.inf))
+    assert torch.equal(out, torch.zeros(3, 8))
+    assert bool(torch.isneginf(lse).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": torch.tensor([[[9]]], dtype=torch.int32)}, "block 9"),
+        ({"blocks": torch.tensor([[[-1]]], dtype=torch.int32)}, "block -1"),
+        ({"count": torch.tensor([[2]], dtype=torch.int32)}, "count 2"),
+        ({"last_len": torch.tensor([[65]], dtype=torch.int32)}, "last_len 65"),
+        ({"last_len": torch.tensor([[0]], dtype=torch.int32)}, "last_len 0"),
+    ],
+)
+def test_bad_lists_are_refused_by_name(change, message):
+    good = {
+        "blocks": torch.zeros((1, 1, 1), dtype=torch.int32),
+        "count": torch.ones((1, 1), dtype=torch.int32),
+        "last_len": torch.full((1, 1), 64, dtype=torch.int32),
+    }
+    with pytest.raises(IndexError, match=message):
+        attend_cpu(torch.randn(1, 1, 1, 64), ((torch.randn(9, 2, 64, 64), Visit(**good | change)),), 1.0, 1)
+
+
+def test_bad_tensors_are_refused_by_name():
+    visit = make_visit(1, 1, (1,), 4, 0)
+    blocks = torch.randn(4, 2, 64, 64)
+    with pytest.raises(ValueError, match="q is torch.float64"):
+        attend_cpu(torch.randn(1, 1, 1, 64, dtype=torch.float64), ((blocks, visit),), 1.0, 1)
+    with pytest.raises(ValueError, match="float64"):
+        attend_cpu(torch.randn(1, 1, 1, 64), ((blocks.double(), visit),), 1.0, 1)
+    with pytest.raises(ValueError, match="group is 17"):
+        attend_cpu(torch.randn(1, 1, 17, 64), ((blocks, visit),), 1.0, 1)
+    with pytest.raises(ValueError, match="dim is 40"):
+        attend_cpu(torch.randn(1, 1, 1, 40), ((torch.randn(4, 2, 64, 40), visit),), 1.0, 1)
+
+
+def test_variant_override(monkeypatch):
+    assert worker_pool(1, "scalar").variant == "scalar"
+    with pytest.raises(ValueError, match="'sve' cannot run here; choices: .*scalar"):
+        worker_pool(1, "sve")
+    monkeypatch.setenv("RHEOSERVE_CPU_VARIANT", "scalar")
+    worker_pool.cache_clear()
+    assert worker_pool(1).variant == "scalar"
+    worker_pool.cache_clear()

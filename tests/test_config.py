@@ -1,0 +1,43 @@
+"""Settings: bad values are refused with their flag, value and legal choices."""
+
+import pytest
+
+from rheoserve_sgl.config import RheoConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "fast"}, "--rheoserve-mode is 'fast'; legal: balanced, retrieval, window, full"),
+        ({"selector": "seer"}, "--rheoserve-selector is 'seer'; legal: quest, mean"),
+        ({"device_attention": "all"}, "--rheoserve-device-attention is 'all'; legal: resident, selected"),
+        ({"token_budget": 1000}, "--rheoserve-token-budget is 1000; legal: a multiple of 64, at least 64"),
+        ({"token_budget": 512}, "--rheoserve-token-budget is 512; legal: at least 640 .sink 64 . window 512"),
+        ({"device_tokens": 0}, "--rheoserve-device-tokens is 0; legal: a multiple of 64"),
+        ({"sink_tokens": 0}, "--rheoserve-sink-tokens is 0"),
+        ({"window_tokens": 100}, "--rheoserve-window-tokens is 100"),
+        ({"threshold": 1.5}, "--rheoserve-threshold is 1.5; legal: a number above 0 and below 1"),
+        ({"threshold": 0.1, "token_budget": 4096}, "only one of it and --rheoserve-token-budget"),
+        ({"host_size": -1.0}, "--rheoserve-host-size is -1.0; legal: a number above 0"),
+        ({"host_size": 1.0, "host_ratio": 2.0}, "only one of it and --rheoserve-host-ratio"),
+        ({"exchange_interval": 0}, "--rheoserve-exchange-interval is 0; legal: an integer of at least 1"),
+        ({"host_threads": 0}, "--rheoserve-host-threads is 0"),
+    ],
+)
+def test_bad_values_are_refused_by_flag(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RheoConfig(**settings)
+
+
+def test_defaults():
+    config = RheoConfig()
+    assert (config.mode, config.selector, config.budget, config.budget_pages) == ("balanced", "quest", 4096, 64)
+    assert config.as_dict()["token_budget"] == 4096
+
+
+def test_a_small_budget_is_legal_where_nothing_is_selected():
+    assert RheoConfig(mode="window", token_budget=64).budget == 64
+
+
+def test_a_threshold_replaces_the_budget():
+    assert RheoConfig(threshold=0.01).as_dict()["token_budget"] is None

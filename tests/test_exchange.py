@@ -1,0 +1,61 @@
+"""The exchange policy: shares, ranking and what is wanted."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rheoserve_sgl.coordinator.exchange import equal_shares, rank_blocks, wanted_blocks
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 200))
+@settings(max_examples=300, deadline=None)
+def test_shares_are_equal_and_use_what_there_is(pages, capacity):
+    shares = equal_shares(torch.tensor(pages, dtype=torch.int32), capacity).tolist()
+    assert all(0 <= share <= need for share, need in zip(shares, pages, strict=True))
+    assert sum(shares) <= capacity
+    cut = [share for share, need in zip(shares, pages, strict=True) if share < need]
+    if cut:
+        assert len(set(cut)) == 1  # all who are cut are cut alike
+        assert all(share <= cut[0] for share in shares)  # and nobody has more
+        assert capacity - sum(shares) < len(cut)  # and nothing to speak of is left
+    else:
+        assert shares == pages
+
+
+def test_wanted_are_forced_blocks_then_the_most_important():
+    importance = torch.rand(2, 10, 3)
+    pages = torch.arange(1, 9).view(1, 8)
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    forced = torch.tensor([[1, 0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
+    worth = rank_blocks(importance, torch.zeros(2, 10, 3, dtype=torch.bool), pages, valid, forced,
+                        ranks_by="importance", forced_only=False)
+    wanted = wanted_blocks(worth, pages, torch.tensor([5]), 10)
+    assert bool(wanted[:, [1, 7, 8]].all())
+    assert not wanted[:, [0, 9]].any()
+    assert (wanted.sum(1) == 5).all()
+    middle = importance[:, 2:7]
+    expected = torch.zeros_like(middle, dtype=torch.bool).scatter_(1, middle.topk(2, dim=1).indices, True)
+    assert torch.equal(wanted[:, 2:7], expected)
+
+
+def test_only_forced_blocks_in_window_and_retrieval():
+    pages, valid = torch.tensor([[3, 4, 5, 0]]), torch.tensor([[True, True, True, False]])
+    forced = torch.tensor([[True, False, True, False]])
+    worth = rank_blocks(torch.rand(1, 6, 1), torch.zeros(1, 6, 1, dtype=torch.bool), pages, valid, forced,
+                        ranks_by="recency", forced_only=True)
+    wanted = wanted_blocks(worth, pages, torch.tensor([3]), 6)
+    assert wanted[0, :, 0].tolist() == [False, False, False, True, False, True]
+
+
+def test_a_resident_block_is_not_evicted_for_an_equal_one():
+    importance = torch.full((1, 4, 1), 0.5)
+    resident = torch.tensor([False, False, True, False]).view(1, 4, 1)
+    worth = rank_blocks(importance, resident, torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool),
+                        torch.zeros(1, 3, dtype=torch.bool), ranks_by="importance", forced_only=False)
+    wanted = wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([1]), 4)
+    assert wanted[0, :, 0].tolist() == [False, False, True, False]
+
+
+def test_no_share_wants_nothing():
+    worth = torch.rand(2, 1, 1, 3)
+    assert not wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([0]), 4).any()

@@ -1,0 +1,88 @@
+"""The hook table against the installed SGLang, and against patches/README.md."""
+
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+from rheoserve_sgl import SGLANG_VERSION
+from rheoserve_sgl.hooks import HOOKS
+
+README = Path(__file__).parents[1] / "patches" / "README.md"
+FIELDS = ("Target", "Why", "How", "Upstream", "Goes when")
+
+
+def test_sglang_is_the_release_this_is_made_for():
+    assert version("sglang") == SGLANG_VERSION
+    assert f"sglang=={SGLANG_VERSION}" in (README.parents[1] / "pyproject.toml").read_text()
+    assert f"SGLang {SGLANG_VERSION}" in README.read_text()
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target)
+def test_target_and_handler_exist_and_fit(hook):
+    target, handler = pkgutil.resolve_name(hook.target), pkgutil.resolve_name(hook.handler)
+    if hook.kind == "replace":
+        assert issubclass(handler, target) or issubclass(target, handler)
+        return
+    assert callable(target) and callable(handler)
+    given = list(inspect.signature(inspect.unwrap(target)).parameters.values())
+    taken = inspect.signature(handler)
+    positional = [object()] * sum(p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in given)
+    keywords = {p.name: object() for p in given if p.kind == p.KEYWORD_ONLY}
+    extra = [object()] if hook.kind in ("around", "after") else []
+    taken.bind(*extra, *positional, **keywords)  # raises TypeError if the handler cannot take the call
+
+
+def test_every_hook_has_an_entry_in_patches_and_every_entry_a_hook():
+    text = README.read_text()
+    entries = re.split(r"^### ", text, flags=re.M)[1:]
+    documented = set()
+    for entry in entries:
+        for field in FIELDS:
+            assert f"- **{field}**:" in entry, f"{entry.splitlines()[0]} lacks {field}"
+        documented.add(re.search(r"- \*\*Target\*\*: `([^`]+)`", entry).group(1))
+    registrations = {"sglang.srt.layers.attention.attention_registry.register_attention_backend",
+                     "sglang.srt.server_args.add_attention_backend_choices", "sglang.srt.platforms"}
+    assert documented == {hook.target for hook in HOOKS} | registrations
+
+
+def test_entry_points_are_installed():
+    plugins = {e.name: e.value for e in entry_points(group="sglang.srt.plugins")}
+    platforms = {e.name: e.value for e in entry_points(group="sglang.srt.platforms")}
+    assert plugins["rheoserve"] == "rheoserve_sgl.plugin:register"
+    assert platforms["rheoserve_cpu"] == "rheoserve_sgl.runtime.platform_cpu:activate"
+
+
+def test_a_hook_that_was_not_applied_is_named():
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from rheoserve_sgl.hooks import require_hooks
+
+    before = set(HookRegistry._patched)
+    try:
+        HookRegistry._patched.update(hook.target for hook in HOOKS)
+        require_hooks()
+        HookRegistry._patched.discard(HOOKS[3].target)
+        with pytest.raises(RuntimeError, match=re.escape(HOOKS[3].target)):
+            require_hooks()
+    finally:
+        HookRegistry._patched.clear()
+        HookRegistry._patched.update(before)
+
+
+def test_main_process_gets_no_model_hooks():
+    """The launching process must not import the model stack for us."""
+    code = (
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "from sglang.srt.server_args import ServerArgs, ATTENTION_BACKEND_CHOICES as choices\n"
+        "ours = sorted(t for t in HookRegistry._patched if not t.endswith('add_cli_args'))\n"
+        "print([t for t in ours if 'smg' not in t], ServerArgs.__name__, choices.count('rheoserve'))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == "['sglang.srt.server_args.ServerArgs'] RheoServerArgs 1"

@@ -1,0 +1,60 @@
+"""Sizes of the tiers, and refusals with the numbers."""
+
+import pytest
+
+from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.runtime.memory import GB, free_host_bytes, size_tiers
+
+TOKEN = 10_000  # bytes
+
+
+def sizes(free=100 * GB, profiled=None, top=None, **settings):
+    return size_tiers(RheoConfig(**settings), token_bytes=TOKEN, free_bytes=free, profiled_tokens=profiled,
+                      max_total_tokens=top)
+
+
+def test_cpu_defaults_are_a_modest_share():
+    got = sizes()
+    assert got.device_tokens == 5 * GB // TOKEN // 64 * 64
+    assert got.host_tokens == pytest.approx(4 * got.device_tokens, abs=256)
+    assert "5% of free memory" in got.reason
+
+
+def test_gpu_default_is_what_profiling_yields():
+    got = sizes(profiled=100_000)
+    assert got.device_tokens == 100_000 // 64 * 64
+    assert got.host_tokens == 400_000 // 64 * 64
+
+
+def test_default_host_store_is_capped_and_says_so():
+    got = sizes(free=10 * GB, profiled=1_000_000)
+    assert got.host_tokens == int(10 * GB / TOKEN * 0.7) // 64 * 64
+    assert "capped at 70%" in got.reason
+
+
+def test_ratio_size_and_max_total_tokens():
+    assert sizes(profiled=64_000, host_ratio=10.0).host_tokens == 640_000
+    assert sizes(profiled=64_000, host_size=3.2).host_tokens == 320_000
+    assert sizes(profiled=64_000, top=128_000).host_tokens == 128_000
+    assert sizes(device_tokens=128_000, top=6_400).device_tokens == 6_400
+
+
+def test_a_host_store_that_memory_cannot_hold_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match=r"--rheoserve-host-size asks for a host store of 200.00 GB .* 100.00 GB of host memory are free"):
+        sizes(host_size=200.0, device_tokens=64)
+    with pytest.raises(ValueError, match="--rheoserve-host-ratio asks"):
+        sizes(host_ratio=1e6)
+
+
+def test_device_tokens_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="--rheoserve-device-tokens is 6400, but only 640 tokens fit"):
+        sizes(profiled=640, device_tokens=6400)
+
+
+def test_no_room_at_all():
+    with pytest.raises(ValueError, match="no room for KV"):
+        sizes(free=100_000)
+
+
+def test_free_host_bytes_is_plausible():
+    assert 2**20 < free_host_bytes() < 2**50

@@ -1,0 +1,65 @@
+"""Gates, scores and the recorder: C++ against torch, and the properties they rest on."""
+
+import pytest
+import torch
+
+from rheoserve_sgl.gate import GATES, make_gate
+from rheoserve_sgl.ops.score import record_cpu, record_torch, score_cpu, score_torch
+
+
+def table(seed: int, batch: int, width: int, pages: int):
+    generator = torch.Generator().manual_seed(seed)
+    n_pages = torch.randint(1, width + 1, (batch,), generator=generator, dtype=torch.int32)
+    ids = torch.stack([torch.randperm(pages - 1, generator=generator)[:width] + 1 for _ in range(batch)])
+    valid = torch.arange(width) < n_pages[:, None]
+    return torch.where(valid, ids, 0), n_pages
+
+
+@pytest.mark.parametrize("selector", sorted(GATES))
+@pytest.mark.parametrize("group", [1, 4, 5, 7, 16])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_score_cpu_equals_torch(selector, group, dim):
+    gate = make_gate(selector)
+    pages, n_pages = table(dim + group, 3, 21, 50)
+    quick = torch.randn(50, 2, gate.key_dim(dim))
+    q = gate.query(torch.randn(3, 2, group, dim))
+    got = score_cpu(q, quick, pages, n_pages, dim**-0.5)
+    torch.testing.assert_close(got, score_torch(q, quick, pages, n_pages, dim**-0.5), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_record_cpu_equals_torch_with_shared_pages(decay):
+    pages, n_pages = table(1, 4, 9, 12)  # 4 rows of 9 out of 11 pages: shared ones for sure
+    scores = torch.randn(4, 2, 9).masked_fill(torch.arange(9) >= n_pages[:, None, None], -torch.inf)
+    mine = torch.rand(12, 2)
+    theirs = mine.clone()
+    record_cpu(scores, mine, pages, n_pages, decay)
+    record_torch(scores, theirs, pages, n_pages, decay)
+    torch.testing.assert_close(mine[1:], theirs[1:])
+
+
+def test_recorder_forgets_what_was_there_before_a_prefill():
+    importance = torch.full((4, 1), torch.nan)
+    record_cpu(torch.zeros(1, 1, 2), importance, torch.tensor([[1, 2]]), torch.tensor([2], dtype=torch.int32), 0.0)
+    assert importance[1:3].tolist() == [[1.0], [1.0]]
+
+
+def test_quest_bounds_every_logit_of_a_block():
+    gate = make_gate("quest")
+    keys, q = torch.randn(30, 2, 64, 64), torch.randn(100, 64)
+    filled = torch.randint(1, 65, (30,))
+    valid = (torch.arange(64) < filled[:, None])[:, None, :, None]
+    pooled = gate.pool(keys, valid)
+    bound = torch.einsum("qd,nhd->qnh", gate.query(q), pooled)
+    logits = torch.einsum("qd,nhtd->qnht", q, keys).masked_fill(~valid[None, ..., 0], -torch.inf)
+    assert bool((bound >= logits.amax(-1) - 1e-3).all())
+
+
+def test_mean_is_the_logit_of_the_average_key():
+    gate = make_gate("mean")
+    keys = torch.randn(3, 2, 64, 64)
+    valid = torch.ones(3, 1, 64, 1, dtype=torch.bool)
+    valid[1, :, 10:] = False
+    pooled = gate.pool(keys, valid)
+    torch.testing.assert_close(pooled[1], keys[1, :, :10].mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled[0], keys[0].mean(1), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,81 @@
+"""A real server's interfaces: native, OpenAI, streaming, sgl.function, /server_info."""
+
+import json
+
+import pytest
+from serving import random_prompts
+
+pytestmark = pytest.mark.server
+
+
+def test_generate_streams_the_same_text(full):
+    body = {"text": "two tiers", "sampling_params": {"temperature": 0, "max_new_tokens": 12}}
+    whole = full.post("/generate", body).json()
+    chunks = [
+        json.loads(line[6:])
+        for line in full.post("/generate", body | {"stream": True}, stream=True).iter_lines()
+        if line.startswith(b"data: {")
+    ]
+    assert len(chunks) > 1
+    assert chunks[-1]["text"] == whole["text"]
+    assert chunks[-1]["output_ids"] == whole["output_ids"]
+
+
+def test_openai_client(full):
+    from openai import OpenAI
+
+    client = OpenAI(base_url=full.url + "/v1", api_key="none")
+    model = client.models.list().data[0].id
+    settings = {"model": model, "temperature": 0, "max_tokens": 10}
+    messages = [{"role": "user", "content": "What is in the host store?"}]
+    chat = client.chat.completions.create(messages=messages, **settings)
+    assert chat.usage.completion_tokens == 10 or chat.choices[0].finish_reason == "stop"
+    parts = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(messages=messages, stream=True, **settings)
+        if chunk.choices
+    ]
+    assert "".join(parts) == chat.choices[0].message.content
+    completion = client.completions.create(prompt="a block is", **settings)
+    streamed = client.completions.create(prompt="a block is", stream=True, **settings)
+    assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == completion.choices[0].text
+
+
+def test_multi_turn_frontend_program(full):
+    import sglang as sgl
+
+    @sgl.function
+    def interview(s):
+        s += sgl.user("x" * 300)
+        s += sgl.assistant(sgl.gen("first", max_tokens=8, temperature=0))
+        s += sgl.user("And then?")
+        s += sgl.assistant(sgl.gen("second", max_tokens=8, temperature=0))
+
+    sgl.set_default_backend(sgl.RuntimeEndpoint(full.url))
+    full.flush()
+    state = interview.run()
+    cold = (state["first"], state["second"])
+    assert cold[1]
+    state = interview.run()
+    assert (state["first"], state["second"]) == cold
+
+
+def test_server_info_shows_settings_and_live_counts(full):
+    full.settle()
+    info = full.info()
+    assert info["rheoserve_mode"] == "full"
+    assert info["page_size"] == 64
+    before = full.rheo()
+    assert before["settings"]["mode"] == "full"
+    assert before["settings"]["device_tokens"] == 512
+    assert before["cpu_variant"] in ("avx512", "avx2", "neon", "scalar")
+    assert before["frames_free"] == 4 * 2 * 512 // 64  # layers x KV heads x frames each
+    [answer] = full.generate(random_prompts(9, [1000]), 40)
+    assert answer["meta_info"]["completion_tokens"] == 40
+    after = full.rheo()
+    assert after["decode_steps"] >= before["decode_steps"] + 39
+    assert after["exchanges"] > before["exchanges"]
+    assert after["exchanged_bytes"] > before["exchanged_bytes"]
+    assert 0 < after["host_attention_share"] < 1
+    assert after["frames_used"] + after["frames_free"] == before["frames_free"]
+    assert after["host_pages_used"] == 1000 // 64 + (1039 // 64 - 1000 // 64)  # the radix tree's full pages
