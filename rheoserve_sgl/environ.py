@@ -2,6 +2,8 @@
 
 RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`avx512`, `avx2`, `neon`, `scalar`)
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
+
+And one that it sets, unless it is set: OMP_WAIT_POLICY, where there is no accelerator.
 """
 
 import os
@@ -21,3 +23,12 @@ def random_exchange_seed() -> int | None:
         return int(text)
     except ValueError:
         raise ValueError(f"RHEOSERVE_TEST_RANDOM_EXCHANGE is {text!r}; legal: an integer seed") from None
+
+
+def quiet_openmp():
+    """Let torch's idle OpenMP threads sleep in the processes that are started from here.
+
+    By default they spin after each operator. Where the CPU attention's threads share the processors with
+    them, both are slowed down (docs/LOG.md has the numbers).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

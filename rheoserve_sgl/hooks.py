@@ -4,9 +4,11 @@ SGLang's plugin loader logs and swallows exceptions, and would serve on without 
 called from the attention backend, which is looked up by name and so cannot be lost in silence.
 """
 
+import sys
 from dataclasses import dataclass
 
 SRT = "sglang.srt."
+ENGINE = SRT + "entrypoints.engine"
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Hook:
     target: dotted path in SGLang
     kind: HookType by name: "before", "after", "around" or "replace"
     handler: dotted path of ours, imported when the hook is registered
-    role: "scheduler" for the model's process only, "all" for the launching process too
+    role: "scheduler" for the model's process only, "all" for the launching process too, "engine" for a
+        process that imported the offline engine before the plugins were loaded
     """
 
     target: str
@@ -30,36 +33,52 @@ _OURS = "rheoserve_sgl.runtime."
 
 HOOKS = (
     Hook(SRT + "server_args.ServerArgs", "replace", "rheoserve_sgl.server_args.RheoServerArgs", role="all"),
+    Hook(
+        ENGINE + ".Engine.server_args_class",
+        "replace",
+        "rheoserve_sgl.server_args.RheoServerArgs",
+        role="engine",
+    ),
     Hook(_SIZES + "_resolve_memory_pool_config", "around", _OURS + "construction.resolve_sizes"),
     Hook(_SIZES + "_build_token_to_kv_pool", "around", _OURS + "construction.build_pool"),
     Hook(_SIZES + "_build_token_to_kv_pool_allocator", "around", _OURS + "construction.build_allocator"),
     Hook(SRT + "utils.common.support_triton", "around", _OURS + "platform_cpu.support_triton"),
-    Hook(SRT + "distributed.parallel_state.init_model_parallel_group", "before", _OURS + "platform_cpu.plain_groups"),
-    Hook(SRT + "models.utils.enable_fused_set_kv_buffer", "around", _OURS + "lifecycle.enable_fused_set_kv_buffer"),
+    Hook(
+        SRT + "distributed.parallel_state.init_model_parallel_group",
+        "before",
+        _OURS + "platform_cpu.plain_groups",
+    ),
+    Hook(
+        SRT + "models.utils.enable_fused_set_kv_buffer",
+        "around",
+        _OURS + "lifecycle.enable_fused_set_kv_buffer",
+    ),
     Hook(SRT + "mem_cache.common.release_kv_cache", "before", _OURS + "lifecycle.request_left"),
     Hook(SRT + "managers.scheduler.Scheduler.get_internal_state", "after", _OURS + "lifecycle.add_state"),
 )
 
 
 def hooks_for(in_scheduler: bool) -> list[Hook]:
-    return [hook for hook in HOOKS if in_scheduler or hook.role == "all"]
-
-
-def missing_hooks(hooks) -> list[str]:
-    """Targets of these hooks that SGLang's registry did not patch."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    return [hook.target for hook in hooks if hook.target not in HookRegistry._patched]
+    """The hooks that a process registers."""
+    roles = {"all"}
+    if in_scheduler:
+        roles.add("scheduler")
+    elif ENGINE in sys.modules:
+        roles.add("engine")
+    return [hook for hook in HOOKS if hook.role in roles]
 
 
 def require_hooks():
     """Raise RuntimeError naming each hook of a scheduler process that is not in place."""
     from importlib.metadata import version
 
-    missing = missing_hooks(HOOKS)
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [hook.target for hook in HOOKS if hook.role != "engine" and hook.target not in HookRegistry._patched]
     if missing:
         raise RuntimeError(
-            "RheoServe cannot serve: these hooks into SGLang are not in place: " + ", ".join(missing)
+            "RheoServe cannot serve: these hooks into SGLang are not in place: "
+            + ", ".join(missing)
             + f". Installed sglang is {version('sglang')}, RheoServe is made for 0.5.17; see the log above for the "
             "first error, and check that SGLANG_PLUGINS, if set, lists rheoserve."
         )

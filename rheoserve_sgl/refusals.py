@@ -4,17 +4,29 @@ from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
 
 # (ServerArgs field, is it a legal value, legal values and remedy)
 _FLAGS = (
-    ("page_size", lambda v: v in (None, PAGE_TOKENS), f"leave it out: RheoServe's pages have {PAGE_TOKENS} tokens"),
+    (
+        "page_size",
+        lambda v: v in (None, PAGE_TOKENS),
+        f"leave it out: RheoServe's pages have {PAGE_TOKENS} tokens",
+    ),
     ("attention_backend", lambda v: v == BACKEND_NAME, "rheoserve: prefill and decode share its pool"),
     ("prefill_attention_backend", lambda v: v in (None, BACKEND_NAME), "leave it out, or rheoserve"),
     ("decode_attention_backend", lambda v: v in (None, BACKEND_NAME), "leave it out, or rheoserve"),
     ("speculative_algorithm", lambda v: v is None, "leave it out: speculative decoding is not supported"),
-    ("enable_hierarchical_cache", lambda v: not v, "leave it out: RheoServe already keeps all KV in host memory"),
+    (
+        "enable_hierarchical_cache",
+        lambda v: not v,
+        "leave it out: RheoServe already keeps all KV in host memory",
+    ),
     ("enable_hisparse", lambda v: not v, "leave it out: RheoServe selects blocks itself"),
     ("enable_lmcache", lambda v: not v, "leave it out: RheoServe already keeps all KV in host memory"),
     ("enable_page_major_kv_layout", lambda v: not v, "leave it out: RheoServe has its own layout"),
     ("enable_fused_qk_norm_rope", lambda v: not v, "leave it out"),
-    ("kv_cache_dtype", lambda v: v in ("auto", "bfloat16", "bf16", "float16", "fp16"), "auto: no fp8 or fp4 KV cache"),
+    (
+        "kv_cache_dtype",
+        lambda v: v in ("auto", "bfloat16", "bf16", "float16", "fp16"),
+        "auto: no fp8 or fp4 KV cache",
+    ),
     ("pp_size", lambda v: v == 1, "1: use --tp-size"),
     ("dcp_size", lambda v: v in (None, 1), "1: use --tp-size"),
     ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
@@ -56,15 +68,19 @@ def refuse_model(model_config):
         reason = "it has cross-attention"
     elif not model_config.is_generation:
         reason = "it is an embedding or reward model"
-    elif any(hasattr(text, key) for key in ("mamba_d_state", "linear_num_key_heads", "ssm_state_size", "mamba2_config")):
+    elif any(
+        hasattr(text, key) for key in ("mamba_d_state", "linear_num_key_heads", "ssm_state_size", "mamba2_config")
+    ):
         reason = "it has Mamba or linear-attention layers"
     elif model_config.v_head_dim != model_config.head_dim:
         reason = f"its key and value head dims differ ({model_config.head_dim}, {model_config.v_head_dim})"
     elif model_config.head_dim % 16 or model_config.head_dim > 256:
         reason = f"its head_dim is {model_config.head_dim}; legal: multiples of 16 up to 256"
     elif model_config.num_attention_heads // model_config.num_key_value_heads > 16:
-        reason = f"more than 16 query heads share a KV head ({model_config.num_attention_heads} over " \
-                 f"{model_config.num_key_value_heads})"
+        reason = (
+            f"more than 16 query heads share a KV head ({model_config.num_attention_heads} over "
+            f"{model_config.num_key_value_heads})"
+        )
     if reason:
         raise ValueError(
             f"--model-path: {name} cannot be served by --attention-backend rheoserve because {reason}. "

@@ -1,29 +1,27 @@
 """SGLang's ServerArgs with the `--rheoserve-*` flags.
 
 SGLang derives its command line, `/server_info` and YAML configuration from the fields of this
-dataclass, so a subclass is all that is needed. It is built from the ServerArgs in place when
-`build_server_args_class` is called and imports nothing heavier than that module.
+dataclass, so a subclass is all that is needed. Nothing heavier than SGLang's own module is imported here:
+this runs before the command line is parsed.
 """
 
 import dataclasses
-import logging
-from typing import Optional
+from typing import Annotated
 
-from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+from sglang.srt.arg_groups.arg_utils import NS, Arg
+from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 
-from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
+from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS, environ
 from rheoserve_sgl.config import DEVICE_ATTENTION, MODES, SELECTORS, RheoConfig
 from rheoserve_sgl.refusals import refuse_flags, refuse_model
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class RheoServerArgs(ServerArgs):
     """ServerArgs; inert unless `attention_backend` is "rheoserve"."""
 
-    rheoserve_mode: A[
+    rheoserve_mode: Annotated[
         str,
         Arg(
             help="RheoServe: what stays on the device and what the CPU visits. 'balanced': sink, window and the "
@@ -33,53 +31,53 @@ class RheoServerArgs(ServerArgs):
         ),
         NS("memory"),
     ] = "balanced"
-    rheoserve_selector: A[
+    rheoserve_selector: Annotated[
         str,
         Arg(help="RheoServe: the gate that scores blocks of the quick K cache.", choices=list(SELECTORS)),
         NS("memory"),
     ] = "quest"
-    rheoserve_token_budget: A[
-        Optional[int],
+    rheoserve_token_budget: Annotated[
+        int | None,
         "RheoServe: tokens selected per KV head per step, sink and window included (default 4096).",
         NS("memory"),
     ] = None
-    rheoserve_threshold: A[
-        Optional[float],
+    rheoserve_threshold: Annotated[
+        float | None,
         "RheoServe: select blocks whose softmax gate score exceeds this, instead of a token budget.",
         NS("memory"),
     ] = None
-    rheoserve_device_tokens: A[
-        Optional[int],
+    rheoserve_device_tokens: Annotated[
+        int | None,
         "RheoServe: device memory for KV blocks, in tokens (default: what memory profiling yields; on CPU 5%% of "
         "the free memory).",
         NS("memory"),
     ] = None
-    rheoserve_host_size: A[
-        Optional[float],
+    rheoserve_host_size: Annotated[
+        float | None,
         "RheoServe: size of the host store of each rank in GB; overrides the ratio.",
         NS("memory"),
     ] = None
-    rheoserve_host_ratio: A[
-        Optional[float],
+    rheoserve_host_ratio: Annotated[
+        float | None,
         "RheoServe: host store as a multiple of the device tokens (default 4, capped at 70%% of free host memory).",
         NS("memory"),
     ] = None
-    rheoserve_sink_tokens: A[
+    rheoserve_sink_tokens: Annotated[
         int, "RheoServe: tokens at the start of a sequence that are always attended.", NS("memory")
     ] = 64
-    rheoserve_window_tokens: A[
+    rheoserve_window_tokens: Annotated[
         int, "RheoServe: recent tokens, before the newest page, that are always attended.", NS("memory")
     ] = 512
-    rheoserve_exchange_interval: A[
+    rheoserve_exchange_interval: Annotated[
         int, "RheoServe: decode steps between two exchanges of blocks between the tiers.", NS("memory")
     ] = 16
-    rheoserve_host_threads: A[
-        Optional[int],
+    rheoserve_host_threads: Annotated[
+        int | None,
         "RheoServe: threads of the CPU attention kernel (default: the processors this process may use, shared "
         "between tensor-parallel ranks).",
         NS("memory"),
     ] = None
-    rheoserve_device_attention: A[
+    rheoserve_device_attention: Annotated[
         str,
         Arg(
             help="RheoServe: the device attends to all its resident blocks ('resident') or only to the selected "
@@ -107,6 +105,8 @@ class RheoServerArgs(ServerArgs):
         # decode run eagerly. (docs/how-it-works.md, "On a GPU".)
         self.disable_prefill_cuda_graph = True
         self.disable_decode_cuda_graph = True
+        if current_platform.device_type == "cpu":
+            environ.quiet_openmp()
 
 
 def selects_rheoserve(server_args) -> bool:

@@ -14,8 +14,17 @@ def make_pool(tokens: int, device_tokens: int, device: str = "cpu", dtype=torch.
     """(pool, allocator) as RheoServe's hooks build them in a server."""
     config = RheoConfig(device_tokens=device_tokens, **settings)
     pool = TwoTierKVPool(
-        tokens, config=config, dtype=dtype, head_num=HEADS, head_dim=DIM, layer_num=LAYERS, device=device,
-        enable_memory_saver=False, start_layer=0, end_layer=LAYERS, enable_alt_stream=False,
+        tokens,
+        config=config,
+        dtype=dtype,
+        head_num=HEADS,
+        head_dim=DIM,
+        layer_num=LAYERS,
+        device=device,
+        enable_memory_saver=False,
+        start_layer=0,
+        end_layer=LAYERS,
+        enable_alt_stream=False,
     )
     pool.coordinator = Coordinator(pool)
     allocator = TwoTierAllocator(tokens, page_size=64, dtype=dtype, device=device, kvcache=pool, need_sort=False)

@@ -54,7 +54,10 @@ class Server:
         self.model = model
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                launch_command(model, args, self.port), stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {})
+                launch_command(model, args, self.port),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | (env or {}),
             )
 
     def __enter__(self):
@@ -65,7 +68,7 @@ class Server:
             try:
                 if requests.get(self.url + "/health", timeout=5).status_code == 200:
                     return self
-            except requests.ConnectionError:
+            except requests.RequestException:
                 pass
             time.sleep(0.5)
         self.stop()
@@ -129,4 +132,9 @@ def random_prompts(seed: int, lengths) -> list[list[int]]:
 
 def rheo_server(model: Path, args: list[str], folder: Path, env: dict | None = None) -> Server:
     """A server with RheoServe selected, its host store of modest size."""
-    return Server(model, ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.4", *args], folder / "log", env)
+    return Server(
+        model,
+        ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.4", *args],
+        folder / "log",
+        env,
+    )

@@ -31,7 +31,14 @@ def test_tokens_land_in_both_tiers(run, dtype, dim):
 def test_strided_rows_of_a_fused_projection():
     qkv = torch.randn(4, 5, 64)
     host, frames = torch.zeros(2, 2, 2, 64, 64), torch.zeros(1, 2, 64, 64)
-    append_cpu(host, frames, torch.full((2, 2), -1, dtype=torch.int32), torch.arange(64, 68), qkv[:, 1:3], qkv[:, 3:5])
+    append_cpu(
+        host,
+        frames,
+        torch.full((2, 2), -1, dtype=torch.int32),
+        torch.arange(64, 68),
+        qkv[:, 1:3],
+        qkv[:, 3:5],
+    )
     assert torch.equal(host[1, :, 0, :4].transpose(0, 1), qkv[:, 1:3])
     assert torch.equal(host[1, :, 1, :4].transpose(0, 1), qkv[:, 3:5])
 
@@ -39,13 +46,25 @@ def test_strided_rows_of_a_fused_projection():
 def test_a_location_outside_the_store_is_refused_and_nothing_is_written():
     host, frames = torch.zeros(2, 1, 2, 64, 64), torch.zeros(1, 2, 64, 64)
     with pytest.raises(IndexError, match="location 128 of token 1"):
-        append_cpu(host, frames, torch.full((2, 1), -1, dtype=torch.int32), torch.tensor([3, 128]),
-                   torch.ones(2, 1, 64), torch.ones(2, 1, 64))
+        append_cpu(
+            host,
+            frames,
+            torch.full((2, 1), -1, dtype=torch.int32),
+            torch.tensor([3, 128]),
+            torch.ones(2, 1, 64),
+            torch.ones(2, 1, 64),
+        )
     assert not host.any()
 
 
 def test_wrong_dtype_is_refused_by_name():
     host, frames = torch.zeros(2, 1, 2, 64, 64), torch.zeros(1, 2, 64, 64)
     with pytest.raises(ValueError, match="k is torch.bfloat16"):
-        append_cpu(host, frames, torch.full((2, 1), -1, dtype=torch.int32), torch.tensor([3]),
-                   torch.ones(1, 1, 64, dtype=torch.bfloat16), torch.ones(1, 1, 64))
+        append_cpu(
+            host,
+            frames,
+            torch.full((2, 1), -1, dtype=torch.int32),
+            torch.tensor([3]),
+            torch.ones(1, 1, 64, dtype=torch.bfloat16),
+            torch.ones(1, 1, 64),
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rheoserve_sgl.ops.attention import attend_cpu, attend_torch, attend_tiers
+from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers, attend_torch
 from rheoserve_sgl.ops.extension import extension, worker_pool
 from rheoserve_sgl.ops.merge import merge_torch
 from rheoserve_sgl.ops.plan import Plan, Visit
@@ -73,8 +73,11 @@ def test_matches_oracle(impl, dtype, dim):
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 31, 62, 63, 64])
 def test_every_tail_ignores_what_lies_behind_it(impl, last):
     blocks = torch.randn(6, 2, 64, 64)
-    visit = Visit(torch.tensor([[[3, 5]]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32),
-                  torch.tensor([[last]], dtype=torch.int32))
+    visit = Visit(
+        torch.tensor([[[3, 5]]], dtype=torch.int32),
+        torch.tensor([[2]], dtype=torch.int32),
+        torch.tensor([[last]], dtype=torch.int32),
+    )
     q = torch.randn(1, 1, 4, 64)
     expected = oracle(q, blocks, visit, 0.125)
     blocks[5, :, last:] = torch.nan
@@ -94,7 +97,7 @@ def test_logits_of_ten_thousand(impl):
     blocks = torch.randn(4, 2, 64, 64)
     q = torch.randn(1, 1, 4, 64)
     visit = make_visit(1, 1, (4,), 4, 0)
-    scale = 1e4 / float((q.abs().max() * blocks.abs().max() * 64**0.5))
+    scale = 1e4 / float(q.abs().max() * blocks.abs().max() * 64**0.5)
     out, lse = run(impl, q * 1e3, blocks, visit, scale * 1e-2)
     check((out, lse), oracle(q * 1e3, blocks, visit, scale * 1e-2), 1e-3)
 
@@ -139,7 +142,9 @@ def test_two_tiers_equal_one(empty):
 
 
 def test_merge_of_two_empty_sets():
-    out, lse = merge_torch(torch.zeros(3, 8), torch.full((3,), -torch.inf), torch.zeros(3, 8), torch.full((3,), -torch.inf))
+    out, lse = merge_torch(
+        torch.zeros(3, 8), torch.full((3,), -torch.inf), torch.zeros(3, 8), torch.full((3,), -torch.inf)
+    )
     assert torch.equal(out, torch.zeros(3, 8))
     assert bool(torch.isneginf(lse).all())
 

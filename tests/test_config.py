@@ -31,7 +31,12 @@ def test_bad_values_are_refused_by_flag(settings, message):
 
 def test_defaults():
     config = RheoConfig()
-    assert (config.mode, config.selector, config.budget, config.budget_pages) == ("balanced", "quest", 4096, 64)
+    assert (config.mode, config.selector, config.budget, config.budget_pages) == (
+        "balanced",
+        "quest",
+        4096,
+        64,
+    )
     assert config.as_dict()["token_budget"] == 4096
 
 

@@ -27,8 +27,15 @@ def test_wanted_are_forced_blocks_then_the_most_important():
     pages = torch.arange(1, 9).view(1, 8)
     valid = torch.ones(1, 8, dtype=torch.bool)
     forced = torch.tensor([[1, 0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
-    worth = rank_blocks(importance, torch.zeros(2, 10, 3, dtype=torch.bool), pages, valid, forced,
-                        ranks_by="importance", forced_only=False)
+    worth = rank_blocks(
+        importance,
+        torch.zeros(2, 10, 3, dtype=torch.bool),
+        pages,
+        valid,
+        forced,
+        ranks_by="importance",
+        forced_only=False,
+    )
     wanted = wanted_blocks(worth, pages, torch.tensor([5]), 10)
     assert bool(wanted[:, [1, 7, 8]].all())
     assert not wanted[:, [0, 9]].any()
@@ -41,8 +48,15 @@ def test_wanted_are_forced_blocks_then_the_most_important():
 def test_only_forced_blocks_in_window_and_retrieval():
     pages, valid = torch.tensor([[3, 4, 5, 0]]), torch.tensor([[True, True, True, False]])
     forced = torch.tensor([[True, False, True, False]])
-    worth = rank_blocks(torch.rand(1, 6, 1), torch.zeros(1, 6, 1, dtype=torch.bool), pages, valid, forced,
-                        ranks_by="recency", forced_only=True)
+    worth = rank_blocks(
+        torch.rand(1, 6, 1),
+        torch.zeros(1, 6, 1, dtype=torch.bool),
+        pages,
+        valid,
+        forced,
+        ranks_by="recency",
+        forced_only=True,
+    )
     wanted = wanted_blocks(worth, pages, torch.tensor([3]), 6)
     assert wanted[0, :, 0].tolist() == [False, False, False, True, False, True]
 
@@ -50,8 +64,15 @@ def test_only_forced_blocks_in_window_and_retrieval():
 def test_a_resident_block_is_not_evicted_for_an_equal_one():
     importance = torch.full((1, 4, 1), 0.5)
     resident = torch.tensor([False, False, True, False]).view(1, 4, 1)
-    worth = rank_blocks(importance, resident, torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool),
-                        torch.zeros(1, 3, dtype=torch.bool), ranks_by="importance", forced_only=False)
+    worth = rank_blocks(
+        importance,
+        resident,
+        torch.tensor([[1, 2, 3]]),
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.zeros(1, 3, dtype=torch.bool),
+        ranks_by="importance",
+        forced_only=False,
+    )
     wanted = wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([1]), 4)
     assert wanted[0, :, 0].tolist() == [False, False, True, False]
 

@@ -46,8 +46,11 @@ def test_every_hook_has_an_entry_in_patches_and_every_entry_a_hook():
         for field in FIELDS:
             assert f"- **{field}**:" in entry, f"{entry.splitlines()[0]} lacks {field}"
         documented.add(re.search(r"- \*\*Target\*\*: `([^`]+)`", entry).group(1))
-    registrations = {"sglang.srt.layers.attention.attention_registry.register_attention_backend",
-                     "sglang.srt.server_args.add_attention_backend_choices", "sglang.srt.platforms"}
+    registrations = {
+        "sglang.srt.layers.attention.attention_registry.register_attention_backend",
+        "sglang.srt.server_args.add_attention_backend_choices",
+        "sglang.srt.platforms",
+    }
     assert documented == {hook.target for hook in HOOKS} | registrations
 
 

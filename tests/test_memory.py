@@ -9,8 +9,13 @@ TOKEN = 10_000  # bytes
 
 
 def sizes(free=100 * GB, profiled=None, top=None, **settings):
-    return size_tiers(RheoConfig(**settings), token_bytes=TOKEN, free_bytes=free, profiled_tokens=profiled,
-                      max_total_tokens=top)
+    return size_tiers(
+        RheoConfig(**settings),
+        token_bytes=TOKEN,
+        free_bytes=free,
+        profiled_tokens=profiled,
+        max_total_tokens=top,
+    )
 
 
 def test_cpu_defaults_are_a_modest_share():
@@ -40,7 +45,10 @@ def test_ratio_size_and_max_total_tokens():
 
 
 def test_a_host_store_that_memory_cannot_hold_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"--rheoserve-host-size asks for a host store of 200.00 GB .* 100.00 GB of host memory are free"):
+    with pytest.raises(
+        ValueError,
+        match=r"--rheoserve-host-size asks for a host store of 200.00 GB .* 100.00 GB of host memory are free",
+    ):
         sizes(host_size=200.0, device_tokens=64)
     with pytest.raises(ValueError, match="--rheoserve-host-ratio asks"):
         sizes(host_ratio=1e6)

@@ -23,11 +23,17 @@ def cases(draw):
     if draw(st.booleans()):
         scores[0, 0, 0] = torch.nan
     frame_of = torch.randperm(PAGES * kv_heads, generator=generator).view(PAGES, kv_heads).to(torch.int32)
-    frame_of = frame_of.masked_fill(torch.rand(frame_of.shape, generator=generator) < draw(st.sampled_from([0, 0.5, 1])), -1)
+    frame_of = frame_of.masked_fill(
+        torch.rand(frame_of.shape, generator=generator) < draw(st.sampled_from([0, 0.5, 1])), -1
+    )
     tail_len = torch.randint(1, 65, (batch,), generator=generator, dtype=torch.int32)
     rule = Rule(
-        draw(st.sampled_from(list(Select))), draw(st.integers(1, 2)), draw(st.integers(0, 3)),
-        budget_pages=draw(st.integers(0, 14)), log_threshold=draw(st.floats(-1, 1)), selected_only=draw(st.booleans()),
+        draw(st.sampled_from(list(Select))),
+        draw(st.integers(1, 2)),
+        draw(st.integers(0, 3)),
+        budget_pages=draw(st.integers(0, 14)),
+        log_threshold=draw(st.floats(-1, 1)),
+        selected_only=draw(st.booleans()),
     )
     return rule, scores, pages, n_pages, tail_len, frame_of
 
@@ -82,13 +88,25 @@ def test_the_lists_are_what_they_say(case):
 @pytest.mark.parametrize("run", [plan_cpu, plan_torch])
 def test_equal_scores_go_to_the_older_page(run):
     pages = torch.arange(1, 9).view(1, 8)
-    plan = run(Rule(Select.BUDGET, 1, 0, budget_pages=4), torch.zeros(1, 1, 8), pages, torch.tensor([8], dtype=torch.int32),
-               torch.tensor([5], dtype=torch.int32), torch.full((9, 1), -1, dtype=torch.int32))
+    plan = run(
+        Rule(Select.BUDGET, 1, 0, budget_pages=4),
+        torch.zeros(1, 1, 8),
+        pages,
+        torch.tensor([8], dtype=torch.int32),
+        torch.tensor([5], dtype=torch.int32),
+        torch.full((9, 1), -1, dtype=torch.int32),
+    )
     assert listed(plan.host, 0, 0) == [1, 2, 3, 8]
     assert plan.host.last_len.tolist() == [[5]]
 
 
 def test_a_page_outside_the_store_is_refused():
     with pytest.raises(IndexError, match="page 9 of request 0"):
-        plan_cpu(Rule(Select.ALL, 1, 0), None, torch.tensor([[9]]), torch.tensor([1], dtype=torch.int32),
-                 torch.tensor([1], dtype=torch.int32), torch.zeros((9, 1), dtype=torch.int32))
+        plan_cpu(
+            Rule(Select.ALL, 1, 0),
+            None,
+            torch.tensor([[9]]),
+            torch.tensor([1], dtype=torch.int32),
+            torch.tensor([1], dtype=torch.int32),
+            torch.zeros((9, 1), dtype=torch.int32),
+        )

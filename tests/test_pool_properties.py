@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from pools import DIM, HEADS, LAYERS, make_pool
 
 from rheoserve_sgl.runtime.batch import Batch
@@ -23,7 +30,13 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(mode=st.sampled_from(["balanced", "full", "window", "retrieval"]), seed=st.integers(0, 2**31))
     def start(self, mode, seed):
         self.pool, self.allocator = make_pool(
-            TOKENS, DEVICE_TOKENS, self.device, mode=mode, window_tokens=64, token_budget=256, exchange_interval=2
+            TOKENS,
+            DEVICE_TOKENS,
+            self.device,
+            mode=mode,
+            window_tokens=64,
+            token_budget=256,
+            exchange_interval=2,
         )
         self.random = torch.Generator().manual_seed(seed)
         self.table = torch.zeros(SLOTS, CONTEXT, dtype=torch.int32, device=self.device)
@@ -55,7 +68,9 @@ class PoolMachine(RuleBasedStateMachine):
         slots = sorted(self.lens)
         lens = self.tensor([self.lens[slot] for slot in slots])
         config = self.pool.config
-        return Batch.build(self.table, self.tensor(slots), lens, int(lens.max()), config.sink_pages, config.window_pages)
+        return Batch.build(
+            self.table, self.tensor(slots), lens, int(lens.max()), config.sink_pages, config.window_pages
+        )
 
     def forget(self, pages):
         for page in pages:
@@ -107,7 +122,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.store(loc)
         for layer in range(LAYERS):
             scores = torch.randn(len(batch.pages), HEADS, batch.pages.shape[1], generator=self.random).to(self.device)
-            self.pool.coordinator.record(layer, batch, scores.masked_fill(~batch.valid[:, None], -torch.inf), fresh=False)
+            self.pool.coordinator.record(
+                layer, batch, scores.masked_fill(~batch.valid[:, None], -torch.inf), fresh=False
+            )
 
     @precondition(lambda self: self.lens)
     @rule(share=st.floats(0, 1))
@@ -142,7 +159,12 @@ class PoolMachine(RuleBasedStateMachine):
         new = int(fresh[0]) // 64
         for layer in range(LAYERS):
             content = self.shadow[layer, old].to(self.device)
-            self.pool.write(layer, fresh, content[:, 0].transpose(0, 1).contiguous(), content[:, 1].transpose(0, 1).contiguous())
+            self.pool.write(
+                layer,
+                fresh,
+                content[:, 0].transpose(0, 1).contiguous(),
+                content[:, 1].transpose(0, 1).contiguous(),
+            )
             self.shadow[layer, new] = self.shadow[layer, old]
         self.filled[new] = 64
         self.table[slot, at * 64 : at * 64 + 64] = fresh.to(torch.int32)

@@ -57,7 +57,8 @@ def test_abort_storm_leaves_nothing(full):
 
     def ask(i):
         body = {
-            "input_ids": prompts[i], "rid": f"storm-{i}",
+            "input_ids": prompts[i],
+            "rid": f"storm-{i}",
             "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
         }
         try:
@@ -101,7 +102,14 @@ def test_forced_retraction(dense, checkpoints, tmp_path):
 def test_residency_independence_with_a_small_budget(checkpoints, tmp_path):
     """For a given selection the answer does not depend on what is resident: random exchange at every
     step, and next to no frames, give the same tokens. The selection itself leaves most blocks out."""
-    args = ["--rheoserve-token-budget", "512", "--rheoserve-window-tokens", "128", "--rheoserve-device-attention", "selected"]
+    args = [
+        "--rheoserve-token-budget",
+        "512",
+        "--rheoserve-window-tokens",
+        "128",
+        "--rheoserve-device-attention",
+        "selected",
+    ]
     prompts = random_prompts(28, [3000, 1111, 2048])
     runs = {"2048": {}, "64": {}, "1024": {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "3"}}
     answers = []

@@ -36,8 +36,17 @@ def test_full_equals_torch_native(full, expected):
 
 def test_balanced_that_covers_the_context_equals_torch_native(expected, checkpoints, tmp_path):
     """With both gates' other options, and blocks exchanged at random at every step."""
-    args = ["--rheoserve-token-budget", "16384", "--rheoserve-selector", "mean", "--rheoserve-device-attention", "selected"]
-    with rheo_server(checkpoints.path(), [*FEW_FRAMES, *args], tmp_path, {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}) as server:
+    args = [
+        "--rheoserve-token-budget",
+        "16384",
+        "--rheoserve-selector",
+        "mean",
+        "--rheoserve-device-attention",
+        "selected",
+    ]
+    with rheo_server(
+        checkpoints.path(), [*FEW_FRAMES, *args], tmp_path, {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}
+    ) as server:
         check_equal(server, expected)
 
 
@@ -68,13 +77,13 @@ def check_transformers(server, path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # the server is told to ignore it, too
     for prompt in random_prompts(3, (5, 64, 1500)):
         with torch.no_grad():
-            out = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-            )
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         answer = out[0, len(prompt) :].tolist()
-        assert server.tokens([prompt], len(answer))[0] == answer
+        assert len(answer) == NEW_TOKENS
+        assert server.tokens([prompt], NEW_TOKENS)[0] == answer
 
 
 def test_bf16_logits_agree_within_rounding(dense, checkpoints, tmp_path):
@@ -91,7 +100,15 @@ def test_bf16_logits_agree_within_rounding(dense, checkpoints, tmp_path):
         # The step after a shared prefix: decode's log probability against prefill's of the same token.
         tokens = [prompt + answer["output_ids"] for prompt, answer in zip(prompts, ours, strict=True)]
         again = server.generate(tokens, 1, return_logprob=True, logprob_start_len=0)
-    native = ["--attention-backend", "torch_native", "--page-size", "64", "--max-total-tokens", "16384", *bf16]
+    native = [
+        "--attention-backend",
+        "torch_native",
+        "--page-size",
+        "64",
+        "--max-total-tokens",
+        "16384",
+        *bf16,
+    ]
     with Server(checkpoints.path(), native, tmp_path / "native") as server:
         theirs = server.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
     mine, reference = mean_error(ours, exact), mean_error(theirs, exact)

@@ -55,13 +55,37 @@ def test_flags_that_cannot_work_are_refused_by_name(checkpoints):
 
 
 CONFIGS = {
-    "MLA": ({"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 512, "q_lora_rank": None,
-             "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 4, "first_k_dense_replace": 1,
-             "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}, "multi-head latent attention"),
-    "window": ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}, "sliding-window"),
+    "MLA": (
+        {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_routed_experts": 4,
+            "first_k_dense_replace": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "n_shared_experts": 1,
+        },
+        "multi-head latent attention",
+    ),
+    "window": (
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
+        "sliding-window",
+    ),
     "dim": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 72}, "head_dim is 72"),
-    "group": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 1},
-              "more than 16 query heads"),
+    "group": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_key_value_heads": 1,
+        },
+        "more than 16 query heads",
+    ),
 }
 
 
@@ -69,8 +93,17 @@ def test_models_that_cannot_work_are_refused_by_name(tmp_path, checkpoints):
     import json
     import shutil
 
-    base = {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 320,
-            "intermediate_size": 512, "max_position_embeddings": 4096, "torch_dtype": "float32", "rms_norm_eps": 1e-6}
+    base = {
+        "hidden_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "intermediate_size": 512,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "float32",
+        "rms_norm_eps": 1e-6,
+    }
     code = TRY_ALL.replace('"--model-path", sys.argv[1]', '"--model-path", flags').replace(", *flags.split()", "")
     for name, (config, _) in CONFIGS.items():
         shutil.copytree(checkpoints.path(), tmp_path / name)
@@ -166,6 +199,8 @@ def test_a_lost_hook_ends_the_server(checkpoints, tmp_path):
     import os
 
     command = launch_command(checkpoints.path(), ["--attention-backend", "rheoserve"], 31997)
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
     assert run.returncode != 0
     assert "hooks into SGLang are not in place: sglang.srt.mem_cache.common.release_kv_cache" in run.stdout + run.stderr

@@ -47,10 +47,15 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.quick = QuickKeys(*shape, self.head_dim, make_gate(self.config.selector), self.device)
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         logger.info(
-            "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, %.1f s",
-            self.host.nbytes / GIB, self.size, ", pinned" if on_gpu else "",
-            self.frames.nbytes / GIB, self.frame_count // self.head_num * PAGE_TOKENS,
-            self.quick.nbytes / GIB, time.perf_counter() - began,
+            "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "
+            "made in %.1f s",
+            self.host.nbytes / GIB,
+            self.size,
+            ", pinned" if on_gpu else "",
+            self.frames.nbytes / GIB,
+            self.frame_count // self.head_num * PAGE_TOKENS,
+            self.quick.nbytes / GIB,
+            time.perf_counter() - began,
         )
 
     @property
@@ -61,8 +66,17 @@ class TwoTierKVPool(MHATokenToKVPool):
         half = (self.host.nbytes + self.frames.nbytes) // 2
         return half, half
 
-    def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, k_scale=None, v_scale=None,
-                      layer_id_override=None, dcp_kv_mask=None):
+    def set_kv_buffer(
+        self,
+        layer,
+        loc_info,
+        cache_k,
+        cache_v,
+        k_scale=None,
+        v_scale=None,
+        layer_id_override=None,
+        dcp_kv_mask=None,
+    ):
         """Write tokens through to the host store and to the frames of resident blocks.
 
         Gate keys are refreshed by the caller, which knows how full each page is.

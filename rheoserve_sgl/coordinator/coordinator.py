@@ -55,7 +55,11 @@ class Coordinator:
         """Apply the waiting reports: a page that left its request holds no frames."""
         if not self._freed:
             return
-        pages = torch.cat([p.to(self.pool.device) for p in self._freed]).long()
+        if self._freed[0].is_cuda:
+            # Made on the scheduler's stream, read on this one: their memory must not be reused meanwhile.
+            for pages in self._freed:
+                pages.record_stream(torch.cuda.current_stream())
+        pages = torch.cat(self._freed).long()
         self._freed.clear()
         self._moved = True
         self.pool.forget_pages(pages)
@@ -118,8 +122,10 @@ class Coordinator:
         Args:
             free_pages: pages free in the allocator
         """
-        self.settle()
         pool = self.pool
+        if pool.importance.is_cuda:
+            torch.cuda.synchronize()  # a batch may be in flight on SGLang's forward stream
+        self.settle()
         used = pool.residency.used
         frames = pool.frame_count * pool.layer_num
         host_pages = pool.host.pages - 1

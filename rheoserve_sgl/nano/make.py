@@ -47,10 +47,20 @@ def make_model(layers: int, heads: int, kv_heads: int, head_dim: int, hidden: in
 
     tokens = {name: 256 + i for i, name in enumerate(SPECIAL)}
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        max_position_embeddings=CONTEXT, rope_theta=1e6, tie_word_embeddings=True, initializer_range=0.08,
-        eos_token_id=tokens["<|im_end|>"], bos_token_id=None, pad_token_id=tokens["<|endoftext|>"],
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=CONTEXT,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        eos_token_id=tokens["<|im_end|>"],
+        bos_token_id=None,
+        pad_token_id=tokens["<|endoftext|>"],
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
@@ -63,7 +73,14 @@ def make_model(layers: int, heads: int, kv_heads: int, head_dim: int, hidden: in
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder to write")
-    for name, default in (("layers", 4), ("heads", 8), ("kv-heads", 2), ("head-dim", 64), ("hidden", 256), ("seed", 0)):
+    for name, default in (
+        ("layers", 4),
+        ("heads", 8),
+        ("kv-heads", 2),
+        ("head-dim", 64),
+        ("hidden", 256),
+        ("seed", 0),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     args = parser.parse_args()

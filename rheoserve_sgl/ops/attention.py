@@ -86,7 +86,11 @@ def attend_cpu(q: torch.Tensor, tiers, scale: float, threads: int, variant: str 
         dtype=DTYPES[dtype],
         out=out.data_ptr(),
         lse=lse.data_ptr(),
-        batch=batch, kv_heads=kv_heads, group=group, dim=dim, scale=scale,
+        batch=batch,
+        kv_heads=kv_heads,
+        group=group,
+        dim=dim,
+        scale=scale,
     )
     return out, lse
 

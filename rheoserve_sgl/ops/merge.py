@@ -22,4 +22,3 @@ def merge_torch(out_a, lse_a, out_b, lse_b):
     total = weight_a + weight_b
     out = (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / torch.where(total == 0, 1.0, total)[..., None]
     return out, safe + torch.log(total)
-

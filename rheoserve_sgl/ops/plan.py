@@ -98,7 +98,10 @@ def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
     frame = frame_of[pages].transpose(1, 2)  # [batch, kv_heads, max_pages]
     resident = (frame >= 0) & valid
     on_device = resident & chosen if rule.selected_only else resident
-    block = pages[:, None].to(torch.int32) * kv_heads + torch.arange(kv_heads, device=pages.device, dtype=torch.int32)[:, None]
+    block = (
+        pages[:, None].to(torch.int32) * kv_heads
+        + torch.arange(kv_heads, device=pages.device, dtype=torch.int32)[:, None]
+    )
     last = at == newest[:, None]
     return Plan(
         _compact(on_device, frame, last, tail_len),
@@ -130,14 +133,21 @@ def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
         for _ in range(2)
     ]
     extension().plan(
-        select=int(rule.select), sink_pages=rule.sink_pages, window_pages=rule.window_pages,
-        budget_pages=rule.budget_pages, log_threshold=rule.log_threshold, selected_only=rule.selected_only,
+        select=int(rule.select),
+        sink_pages=rule.sink_pages,
+        window_pages=rule.window_pages,
+        budget_pages=rule.budget_pages,
+        log_threshold=rule.log_threshold,
+        selected_only=rule.selected_only,
         scores=0 if scores is None else address(scores, torch.float32, (*shape, max_pages), "scores"),
         pages=address(pages, torch.int64, (batch, max_pages), "pages"),
         n_pages=address(n_pages, torch.int32, (batch,), "n_pages"),
         tail_len=address(tail_len, torch.int32, (batch,), "tail_len"),
         frame_of=address(frame_of, torch.int32, (all_pages, kv_heads), "frame_of"),
         outputs=[t.data_ptr() for visit in visits for t in (visit.blocks, visit.count, visit.last_len)],
-        batch=batch, kv_heads=kv_heads, max_pages=max_pages, all_pages=all_pages,
+        batch=batch,
+        kv_heads=kv_heads,
+        max_pages=max_pages,
+        all_pages=all_pages,
     )
     return Plan(*visits)

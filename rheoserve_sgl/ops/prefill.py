@@ -22,9 +22,7 @@ def attend_with_lse(q, k, v, causal: bool, scale: float):
     """
     if q.device.type == "cpu":
         return _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, causal, scale=scale
-    )
+    out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     return out, lse[..., : q.shape[2]]
 
 
@@ -51,7 +49,9 @@ def prefill_attention(q, k, v, prefix, scale: float) -> torch.Tensor:
         folded = q.reshape(kv_heads, 1, group * tokens, dim)
         before, before_lse = attend_with_lse(folded, prefix[0][:, None], prefix[1][:, None], False, scale)
         out, _ = merge_torch(
-            out.float(), lse.float(),
-            before.reshape(out.shape).float(), before_lse.reshape(lse.shape).float(),
+            out.float(),
+            lse.float(),
+            before.reshape(out.shape).float(),
+            before_lse.reshape(lse.shape).float(),
         )
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim).to(q.dtype)

@@ -40,7 +40,11 @@ def score_cpu(gate_q, quick, pages, n_pages, scale: float):
         *_table(pages, n_pages, len(quick)),
         address(gate_q, torch.float32, (batch, kv_heads, group, key_dim), "gate_q"),
         address(quick, torch.float32, (len(quick), kv_heads, key_dim), "quick"),
-        scores.data_ptr(), kv_heads, group, key_dim, scale,
+        scores.data_ptr(),
+        kv_heads,
+        group,
+        key_dim,
+        scale,
     )
     return scores
 
@@ -76,7 +80,8 @@ def record_cpu(scores, importance, pages, n_pages, decay: float):
         *_table(pages, n_pages, all_pages),
         address(scores, torch.float32, (len(pages), kv_heads, pages.shape[1]), "scores"),
         address(importance, torch.float32, (all_pages, kv_heads), "importance"),
-        kv_heads, decay,
+        kv_heads,
+        decay,
     )
 
 
@@ -85,5 +90,7 @@ def _table(pages, n_pages, all_pages: int) -> tuple:
     return (
         address(pages, torch.int64, (batch, max_pages), "pages"),
         address(n_pages, torch.int32, (batch,), "n_pages"),
-        batch, max_pages, all_pages,
+        batch,
+        max_pages,
+        all_pages,
     )

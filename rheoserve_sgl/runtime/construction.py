@@ -3,8 +3,8 @@
 import logging
 
 import torch
-from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.distributed import get_world_group
+from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from rheoserve_sgl.cache.allocator import TwoTierAllocator
 from rheoserve_sgl.cache.pool import TwoTierKVPool
@@ -81,7 +81,9 @@ def build_allocator(original, configurator, **kwargs):
 def _token_bytes(configurator) -> int:
     model = configurator.model_config
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
-    return 2 * heads * model.head_dim * configurator.layer_info.num_effective_layers * configurator.kv_cache_dtype.itemsize
+    return (
+        2 * heads * model.head_dim * configurator.layer_info.num_effective_layers * configurator.kv_cache_dtype.itemsize
+    )
 
 
 def _agree(value: int) -> int:

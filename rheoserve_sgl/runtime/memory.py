@@ -34,8 +34,14 @@ def free_host_bytes() -> int:
     return max(free, 0)
 
 
-def size_tiers(config: RheoConfig, *, token_bytes: int, free_bytes: int, profiled_tokens: int | None,
-               max_total_tokens: int | None = None) -> Sizes:
+def size_tiers(
+    config: RheoConfig,
+    *,
+    token_bytes: int,
+    free_bytes: int,
+    profiled_tokens: int | None,
+    max_total_tokens: int | None = None,
+) -> Sizes:
     """Decide the capacities of both tiers for one rank.
 
     Args:
@@ -51,7 +57,10 @@ def size_tiers(config: RheoConfig, *, token_bytes: int, free_bytes: int, profile
     if config.device_tokens is not None:
         device, why = config.device_tokens, "--rheoserve-device-tokens"
     elif on_cpu:
-        device, why = int(free_bytes * CPU_DEVICE_SHARE / token_bytes), f"{CPU_DEVICE_SHARE:.0%} of free memory"
+        device, why = (
+            int(free_bytes * CPU_DEVICE_SHARE / token_bytes),
+            f"{CPU_DEVICE_SHARE:.0%} of free memory",
+        )
     else:
         device, why = profiled_tokens, "memory profiling"
     if not on_cpu and device > profiled_tokens:

@@ -1,0 +1,45 @@
+# Every target makes its own .venv: the first one takes some minutes and about 9 GB (SGLang brings torch).
+PYTHON ?= python3
+PORT ?= 30000
+MODEL ?= models/nano
+ARGS ?=
+# Few frames for the bundled model, so that a long prompt shows both tiers at work.
+DEMO := $(if $(filter models/nano,$(MODEL)),--rheoserve-device-tokens 4096)
+PY := .venv/bin/python
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: serve test test-gpu lint format bench clean
+
+serve: .venv/ready $(if $(filter models/nano,$(MODEL)),models/nano/config.json)
+	@$(PY) -m rheoserve_sgl.nano.announce http://127.0.0.1:$(PORT) $$$$ & \
+	exec $(PY) -m sglang.launch_server --model-path $(MODEL) --attention-backend rheoserve --port $(PORT) --sleep-on-idle $(DEMO) $(ARGS)
+
+test: .venv/ready
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: .venv/ready
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: .venv/ready
+	$(PY) benchmarks/bench_decode_cpu.py $(ARGS)
+
+models/nano/config.json: | .venv/ready
+	$(PY) -m rheoserve_sgl.nano.make models/nano --layers 8
+
+# Editable, so that changes to the Python files need no reinstall; changes to csrc/ do.
+.venv/ready: pyproject.toml $(wildcard csrc/*.* csrc/isa/*)
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build models .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,135 @@
+"""On a CUDA device: the torch ops against the CPU kernels, and real servers against dense attention.
+
+One command: `make test-gpu`.
+"""
+
+import pytest
+import torch
+from serving import Server, random_prompts, rheo_server
+from test_plan import listed
+from test_score import table
+
+from rheoserve_sgl.cache.host_store import HostStore
+from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
+from rheoserve_sgl.ops.plan import Rule, Select, plan
+from rheoserve_sgl.ops.prefill import prefill_attention
+from rheoserve_sgl.ops.score import score
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [1, 4, 5, 8])
+def test_a_decode_step_equals_the_cpu(dtype, group):
+    """Score, plan, attention in both tiers and merge; frames on the device, host store pinned."""
+    torch.manual_seed(group)
+    dim, kv_heads, all_pages = 64, 2, 50
+    host = HostStore(1, all_pages, kv_heads, dim, dtype, pin=True)
+    host.layers[0].copy_(torch.randn(host.layers[0].shape))
+    frames = torch.zeros(all_pages * kv_heads + 1, 2, 64, dim, dtype=dtype)
+    frame_of = torch.randperm(all_pages * kv_heads).view(all_pages, kv_heads).to(torch.int32)
+    frames[frame_of.flatten().long()] = host.blocks(0)
+    frame_of[torch.rand(frame_of.shape) < 0.5] = -1
+    pages, n_pages = table(group, 3, 30, all_pages)
+    tail_len = torch.tensor([64, 1, 33], dtype=torch.int32)
+    gate = make_gate("quest")
+    quick = torch.randn(all_pages, kv_heads, gate.key_dim(dim))
+    q = torch.randn(3, kv_heads, group, dim)
+    rule = Rule(Select.BUDGET, 1, 2, budget_pages=8)
+
+    def step(device):
+        move = [t.to(device) for t in (q, quick, pages, n_pages, tail_len, frame_of, frames)]
+        queries, keys, ids, n, tail, table_, store = move
+        scores = score(gate.query(queries), keys, ids, n, 0.125)
+        steps = plan(rule, scores, ids, n, tail, table_)
+        return steps, attend_tiers(queries, store, host.blocks(0), steps, 0.125, 4).cpu()
+
+    (mine, out), (theirs, expected) = step("cuda"), step("cpu")
+    for visit, other in ((mine.device, theirs.device), (mine.host, theirs.host)):
+        assert torch.equal(visit.count.cpu(), other.count)
+        for b in range(3):
+            for h in range(kv_heads):
+                assert listed(visit, b, h) == listed(other, b, h)
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "before"), [(1, 0), (65, 0), (63, 64), (200, 1000), (1, 777)])
+def test_prefill_attention_equals_float64(dtype, tokens, before):
+    torch.manual_seed(tokens)
+    heads, kv_heads, dim = 8, 2, 64
+    q = torch.randn(tokens, heads, dim, device="cuda").to(dtype)
+    kv = torch.randn(2, kv_heads, before + tokens, dim, device="cuda").to(dtype)
+    k, v = (t[:, before:].transpose(0, 1).contiguous() for t in kv)
+    prefix = kv[:, :, :before].contiguous() if before else None
+    out = prefill_attention(q, k, v, prefix, 0.125)
+    keys, values = (t.double().repeat_interleave(heads // kv_heads, 0) for t in kv)
+    logits = torch.einsum("thd,hsd->hts", q.double(), keys) * 0.125
+    future = (
+        torch.arange(before + tokens, device="cuda") > torch.arange(before, before + tokens, device="cuda")[:, None]
+    )
+    expected = torch.einsum("hts,hsd->thd", torch.softmax(logits.masked_fill(future, -torch.inf), -1), values)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_host_kernel_reads_pinned_memory():
+    blocks = torch.randn(8, 2, 64, 64).pin_memory()
+    from test_attention import check, make_visit, oracle
+
+    visit = make_visit(1, 2, (5,), 8, 0)
+    q = torch.randn(1, 2, 4, 64)
+    check(attend_cpu(q, ((blocks, visit),), 0.125, 4), oracle(q, blocks, visit, 0.125))
+
+
+LENGTHS = (1, 64, 129, 1000, 6000, 12000)
+HALF = ["--dtype", "float16"]  # SGLang's CUDA kernels take no fp32
+# What two orders of summation in fp16 may differ by in a log probability after a few sharp layers.
+ROUNDING = 0.1
+
+
+def answers(server) -> list[dict]:
+    """Greedy answers with the two best log probabilities of each step: singly, then as a batch."""
+    singles = [server.generate([p], 24, return_logprob=True, top_logprobs_num=2)[0] for p in random_prompts(1, LENGTHS)]
+    return singles + server.generate(random_prompts(2, LENGTHS), 24, return_logprob=True, top_logprobs_num=2)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints, tmp_path_factory):
+    args = ["--attention-backend", "triton", "--page-size", "64", "--max-total-tokens", "65536", *HALF]
+    with Server(checkpoints.path(), args, tmp_path_factory.mktemp("reference") / "log") as server:
+        return answers(server)
+
+
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [
+        (["--rheoserve-mode", "full"], {}),
+        (["--rheoserve-token-budget", "16384"], {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}),
+    ],
+    ids=["full", "balanced-random-exchange"],
+)
+def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints, tmp_path):
+    """Tokens are equal up to a step where the two best are within rounding; log probabilities up to there."""
+    with rheo_server(checkpoints.path(), ["--rheoserve-device-tokens", "1024", *HALF, *args], tmp_path, env) as server:
+        whole = [same_up_to_rounding(mine, theirs) for mine, theirs in zip(answers(server), reference, strict=True)]
+        assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"
+        counts = server.rheo()
+        assert counts["host_blocks"] > 0 < counts["device_blocks"]
+        after = server.settle()
+        assert after["frames_used"] == after["host_pages_used"] == 0
+
+
+def same_up_to_rounding(mine, theirs) -> bool:
+    """Whether all tokens are equal; fails where they differ by more than rounding."""
+    mine, theirs = mine["meta_info"], theirs["meta_info"]
+    for step, (ours, right) in enumerate(
+        zip(mine["output_token_logprobs"], theirs["output_token_logprobs"], strict=True)
+    ):
+        if ours[1] != right[1]:
+            best, second = (entry[0] for entry in theirs["output_top_logprobs"][step])
+            assert best - second < ROUNDING, f"step {step}: the best two are {best - second:.3f} apart"
+            return False
+        assert abs(ours[0] - right[0]) < ROUNDING, f"step {step}: {ours[0]:.4f}, reference {right[0]:.4f}"
+    return True
