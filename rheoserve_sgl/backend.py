@@ -64,7 +64,7 @@ class RheoAttnBackend(AttentionBackend):
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         pool, batch = self.token_to_kv_pool, self.batch
         index = layer.layer_id - pool.start_layer
-        self._store(layer, forward_batch, k, v, save_kv_cache)
+        self._store(layer, forward_batch, k, v, save_kv_cache, kwargs)
         heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
         scores = None
         if self.rule.needs_scores:
@@ -81,7 +81,7 @@ class RheoAttnBackend(AttentionBackend):
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         pool, batch = self.token_to_kv_pool, self.batch
         index = layer.layer_id - pool.start_layer
-        self._store(layer, forward_batch, k, v, save_kv_cache)
+        self._store(layer, forward_batch, k, v, save_kv_cache, kwargs)
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         out = torch.empty_like(q)
         start = 0
@@ -97,8 +97,13 @@ class RheoAttnBackend(AttentionBackend):
             self._summarise(index, batch, prefixes, lengths, q, layer)
         return out.view(len(out), -1)
 
-    def _store(self, layer, forward_batch, k, v, save_kv_cache):
-        if save_kv_cache and k is not None:
+    def _store(self, layer, forward_batch, k, v, save_kv_cache, extras: dict):
+        """Write K and V through; refuse what a model may ask of a backend and this one does not do."""
+        asked = [name for name, value in extras.items() if value is not None]
+        if asked or k is None:
+            what = f"attention arguments {asked}" if asked else "a layer that shares another layer's KV"
+            raise NotImplementedError(f"layer {layer.layer_id}: RheoServe does not serve {what}")
+        if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
     def _score(self, index: int, heads: torch.Tensor, scale: float) -> torch.Tensor:

@@ -50,6 +50,14 @@ def test_balanced_that_covers_the_context_equals_torch_native(expected, checkpoi
         check_equal(server, expected)
 
 
+def test_retrieval_that_covers_the_context_equals_torch_native(expected, checkpoints, tmp_path):
+    """A threshold that everything passes; small chunks, and decode steps mixed into prefill batches."""
+    args = ["--rheoserve-mode", "retrieval", "--rheoserve-threshold", "1e-30", "--rheoserve-window-tokens", "64"]
+    args += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
+    with rheo_server(checkpoints.path(), [*FEW_FRAMES, *args], tmp_path) as server:
+        check_equal(server, expected)
+
+
 def test_window_mode_differs(expected, checkpoints, tmp_path):
     """The comparison can fail: leaving blocks out changes the tokens."""
     args = ["--rheoserve-mode", "window", "--rheoserve-window-tokens", "64"]

@@ -98,4 +98,7 @@ def size_tiers(
             f"no room for KV: the host store would hold {host} tokens and the device {device}; "
             f"free memory, or raise --rheoserve-host-size or --rheoserve-device-tokens (at least {PAGE_TOKENS})"
         )
-    return Sizes(min(device, host), host, reason)
+    if device > host:
+        device = host
+        reason += f"; the device needs no more than the host store's {host}"
+    return Sizes(device, host, reason)
