@@ -75,15 +75,6 @@ class Attention {
   std::unique_ptr<rheo::ThreadPool> pool_;
 };
 
-void merge(uintptr_t out_a, uintptr_t lse_a, uintptr_t out_b, uintptr_t lse_b, uintptr_t out, uintptr_t lse,
-           int64_t rows, int dim) {
-  if (rows == 0) return;
-  py::gil_scoped_release release;
-  rheo::merge(pointer<const float>(out_a, "out_a"), pointer<const float>(lse_a, "lse_a"),
-              pointer<const float>(out_b, "out_b"), pointer<const float>(lse_b, "lse_b"),
-              pointer<float>(out, "out"), pointer<float>(lse, "lse"), rows, dim);
-}
-
 rheo::PageTable table(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages) {
   require(batch >= 1 && max_pages >= 1 && all_pages >= 1, "a size of the page table is not positive");
   return {pointer<const int64_t>(pages, "pages"), pointer<const int32_t>(n_pages, "n_pages"), batch, max_pages, all_pages};
@@ -151,7 +142,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "RheoServe's CPU kernels.";
   m.attr("BLOCK_TOKENS") = rheo::kBlockTokens;
   m.def("cpu_variants", &cpu_variants, "Variants this machine can run, best first.");
-  m.def("merge", &merge, "Log-sum-exp merge of two partial attentions.");
   m.def("plan", &plan, "Selection of blocks and its split by residency.", py::kw_only(), py::arg("select"),
         py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("log_threshold"),
         py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),

@@ -104,18 +104,4 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool) {
     finish(a, pair, first[pair], first[pair + 1] - first[pair], maxes.data(), sums.data(), accs.data());
 }
 
-void merge(const float* out_a, const float* lse_a, const float* out_b, const float* lse_b,
-           float* out, float* lse, int64_t rows, int dim) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float top = std::max(lse_a[r], lse_b[r]);
-    const bool empty = top == -std::numeric_limits<float>::infinity();
-    const float wa = empty ? 0.0f : std::exp(lse_a[r] - top);
-    const float wb = empty ? 0.0f : std::exp(lse_b[r] - top);
-    const float inverse = empty ? 0.0f : 1.0f / (wa + wb);
-    lse[r] = empty ? top : top + std::log(wa + wb);
-    for (int j = 0; j < dim; ++j)
-      out[r * dim + j] = (wa * out_a[r * dim + j] + wb * out_b[r * dim + j]) * inverse;
-  }
-}
-
 }  // namespace rheo

@@ -72,8 +72,4 @@ class ThreadPool;
 // Throws std::out_of_range for a block id, count or tail length outside its bounds.
 void attend(const AttendArgs& args, const Variant& variant, ThreadPool& pool);
 
-// out = sum_i out_i * exp(lse_i - lse), per row of `dim` floats; rows of both -inf give zero.
-void merge(const float* out_a, const float* lse_a, const float* out_b, const float* lse_b,
-           float* out, float* lse, int64_t rows, int dim);
-
 }  // namespace rheo

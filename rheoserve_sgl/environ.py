@@ -3,6 +3,8 @@
 RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`avx512`, `avx2`, `neon`, `scalar`)
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
 
+SGLANG_USE_CPU_ENGINE           SGLang's: 1 asks for its own CPU engine, and our CPU platform steps aside
+
 And one that it sets, unless it is set: OMP_WAIT_POLICY, where there is no accelerator.
 """
 
@@ -23,6 +25,10 @@ def random_exchange_seed() -> int | None:
         return int(text)
     except ValueError:
         raise ValueError(f"RHEOSERVE_TEST_RANDOM_EXCHANGE is {text!r}; legal: an integer seed") from None
+
+
+def wants_sglang_cpu_engine() -> bool:
+    return os.environ.get("SGLANG_USE_CPU_ENGINE", "") == "1"
 
 
 def quiet_openmp():

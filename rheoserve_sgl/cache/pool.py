@@ -96,10 +96,10 @@ class TwoTierKVPool(MHATokenToKVPool):
         keys = self.host.layers[index][pages.cpu(), :, 0]
         self.quick.refresh(index, pages, keys.to(self.device), filled)
 
-    def forget_pages(self, pages: torch.Tensor):
-        """Give back the frames of pages that left their owner."""
-        self.residency.drop_pages(pages)
+    def forget_pages(self, pages: torch.Tensor) -> int:
+        """Give back the frames of pages that left their owner; returns how many there were."""
         self.importance[:, pages] = 0.0
+        return self.residency.drop_pages(pages)
 
     def exchange(self, wanted: torch.Tensor, most: int) -> int:
         """Make resident what is wanted, up to `most` blocks copied in a layer; the rest leaves.

@@ -22,12 +22,13 @@ class Residency:
         """Frames in use, over all layers."""
         return int((self.owner >= 0).sum())
 
-    def drop_pages(self, pages: torch.Tensor):
-        """Free the frames of all blocks of these pages `[n]`, in every layer."""
+    def drop_pages(self, pages: torch.Tensor) -> int:
+        """Free the frames of all blocks of these pages `[n]`, in every layer; returns how many there were."""
         held = self.frame_of[:, pages]
         layer, page, head = torch.nonzero(held >= 0, as_tuple=True)
         self.owner[layer, held[layer, page, head].long()] = -1
         self.frame_of[:, pages] = -1
+        return len(layer)
 
     def release(self, leaving: torch.Tensor):
         """Free the frames of resident blocks in `leaving`, `[layers, pages, kv_heads]` bool."""

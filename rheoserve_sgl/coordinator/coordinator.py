@@ -6,8 +6,6 @@ batch is in flight; those reports wait in a queue until the next batch begins, w
 reused page can be written.
 """
 
-import logging
-
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS, environ
@@ -16,8 +14,6 @@ from rheoserve_sgl.coordinator.exchange import EXCHANGE_BYTES, equal_shares, ran
 from rheoserve_sgl.ops.plan import Plan
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
-
-logger = logging.getLogger(__name__)
 
 # Weight of the recorder's past at each step: a block that stops mattering halves its importance in about
 # 22 steps, a little more than one default exchange interval.
@@ -36,7 +32,7 @@ class Coordinator:
         self._freed: list[torch.Tensor] = []
         self._steps = 0
         self._running: list[int] = []
-        self._moved = True  # whether the running set changed since the last exchange
+        self._moved = True  # whether frames were given back since the last exchange
         seed = environ.random_exchange_seed()
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         per_layer = EXCHANGE_BYTES // max(pool.layer_num * pool.block_bytes, 1)
@@ -61,8 +57,8 @@ class Coordinator:
                 pages.record_stream(torch.cuda.current_stream())
         pages = torch.cat(self._freed).long()
         self._freed.clear()
-        self._moved = True
-        self.pool.forget_pages(pages)
+        if self.pool.forget_pages(pages):
+            self._moved = True
 
     def clear(self):
         """All pages were freed at once (flush_cache)."""

@@ -4,14 +4,12 @@ SGLang 0.5.17 serves on x86 CPUs with AMX through another build of its kernel pa
 its tree, plain torch operators are used instead, and any x86 or Arm processor will do.
 """
 
-import os
-
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from rheoserve_sgl import BACKEND_NAME
+from rheoserve_sgl import BACKEND_NAME, environ
 
 
 def activate() -> str | None:
@@ -20,7 +18,7 @@ def activate() -> str | None:
     That is where there is an accelerator, and where SGLANG_USE_CPU_ENGINE asks for SGLang's own.
     """
     accelerators = (torch.cuda.is_available(), torch.xpu.is_available(), torch.backends.mps.is_available())
-    if any(accelerators) or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    if any(accelerators) or environ.wants_sglang_cpu_engine():
         return None
     return f"{__name__}.PlainCpuPlatform"
 
