@@ -75,13 +75,13 @@ def main():
     parser.add_argument("--steps", type=int, default=48, help="decode steps timed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--model", nargs="*", default=["--layers", "8"], help="options of rheoserve_sgl.nano.make")
+    parser.add_argument("--model", default="--layers 8", help="options of rheoserve_sgl.nano.make, as --model='...'")
     args = parser.parse_args()
 
     prompts = random_prompts(0, [max(args.contexts)] * max(args.batches))
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = Checkpoints(Path(folder)).path(*args.model)
+        model = Checkpoints(Path(folder)).path(*args.model.split())
         context = str(max(args.contexts) + 2 * args.steps + 64)
         for name, flags in systems(args).items():
             flags = [

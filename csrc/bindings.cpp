@@ -9,6 +9,7 @@
 #include "block_attention.h"
 #include "cpu_features.h"
 #include "plan.h"
+#include "quick_keys.h"
 #include "score.h"
 #include "thread_pool.h"
 
@@ -130,6 +131,18 @@ void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc,
   rheo::append(args);
 }
 
+void pool_keys(int pooling, uintptr_t host, int dtype, uintptr_t pages, uintptr_t filled, uintptr_t quick, int64_t count,
+               int64_t all_pages, int kv_heads, int dim) {
+  require(pooling == 0 || pooling == 1, "pooling is " + std::to_string(pooling) + "; legal: 0 max and min, 1 mean");
+  require(dtype >= 0 && dtype <= 2, "dtype is " + std::to_string(dtype) + "; legal: 0 fp32, 1 fp16, 2 bf16");
+  if (count == 0) return;
+  const rheo::PoolKeysArgs args{pointer<const void>(host, "host"), pointer<const int64_t>(pages, "pages"),
+                                pointer<const int64_t>(filled, "filled"), pointer<float>(quick, "quick"),
+                                count, all_pages, kv_heads, dim, static_cast<rheo::DType>(dtype)};
+  py::gil_scoped_release release;
+  rheo::pool_keys(static_cast<rheo::Pooling>(pooling), args);
+}
+
 std::vector<std::string> cpu_variants() {
   std::vector<std::string> names;
   for (const rheo::Variant* variant : rheo::runnable_variants()) names.emplace_back(variant->name);
@@ -148,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("frame_of"), py::arg("outputs"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
         py::arg("all_pages"));
   m.def("score", &score, "Gate scores over a page table.");
+  m.def("pool_keys", &pool_keys, "Gate keys of pages, pooled from their stored K.");
   m.def("record", &record, "Accumulates gate scores into the importance of blocks.");
   m.def("append", &append, "Writes new tokens into the host store and into resident frames.");
   py::class_<Attention>(m, "Attention", "A worker pool and a kernel variant.")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rheoserve_sgl.gate import GATES, make_gate
+from rheoserve_sgl.ops.pool_keys import pool_keys_cpu, pool_keys_torch
 from rheoserve_sgl.ops.score import record_cpu, record_torch, score_cpu, score_torch
 
 
@@ -42,6 +43,32 @@ def test_recorder_forgets_what_was_there_before_a_prefill():
     importance = torch.full((4, 1), torch.nan)
     record_cpu(torch.zeros(1, 1, 2), importance, torch.tensor([[1, 2]]), torch.tensor([2], dtype=torch.int32), 0.0)
     assert importance[1:3].tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("selector", sorted(GATES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+def test_pool_keys_cpu_equals_torch(selector, dtype, dim):
+    torch.manual_seed(dim)
+    gate = make_gate(selector)
+    host = torch.randn(20, 3, 2, 64, dim).to(dtype)
+    pages, filled = torch.tensor([3, 19, 7, 1]), torch.tensor([64, 1, 63, 17])
+    host[7, 1, 0, 5, 3] = torch.nan  # a NaN key shows in its own channel
+    host[7, :, 0, 63:] = torch.nan  # stale bytes do not
+    mine, theirs = torch.zeros(2, 20, 3, gate.key_dim(dim))
+    pool_keys_cpu(gate, host, pages, filled, mine)
+    pool_keys_torch(gate, host, pages, filled, theirs)
+    exact = {"rtol": 0, "atol": 0} if selector == "quest" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(mine, theirs, equal_nan=True, **exact)
+    assert int(mine.isnan().sum()) == (2 if selector == "quest" else 1)
+
+
+def test_pool_keys_refuses_what_is_outside():
+    host, quick = torch.zeros(2, 1, 2, 64, 64), torch.zeros(2, 1, 128)
+    with pytest.raises(IndexError, match="page 2"):
+        pool_keys_cpu(make_gate("quest"), host, torch.tensor([2]), torch.tensor([1]), quick)
+    with pytest.raises(IndexError, match="filled is 65"):
+        pool_keys_cpu(make_gate("quest"), host, torch.tensor([1]), torch.tensor([65]), quick)
 
 
 def test_quest_bounds_every_logit_of_a_block():

@@ -10,12 +10,10 @@
 #include <limits>
 
 #include "../block_attention.h"
+#include "../half.h"
 
 namespace rheo {
 namespace {
-
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
 
 // Logits of H heads against all 64 keys. Rows past the valid length are computed and
 // masked by the caller: stale bytes there are readable, whatever they hold.

@@ -1,6 +1,4 @@
 // Plain C++: the variant every machine has, and what the others are compared with.
-#include <cstring>
-
 #include "attend_run.h"
 #include "variants.h"
 
@@ -15,30 +13,8 @@ struct Scalar {
   static Reg zero() { return 0.0f; }
   static Reg set1(float x) { return x; }
   static Reg load(const float* p) { return *p; }
-  static Reg load(const BFloat* p) {
-    const uint32_t wide = static_cast<uint32_t>(p->bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-  }
-  static Reg load(const Half* p) {
-    // Put the 15 magnitude bits where a float's are and multiply by 2^112, which also
-    // turns half denormals into normal floats; all-ones exponents (inf, NaN) are fixed up.
-    const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
-    uint32_t wide = static_cast<uint32_t>(p->bits & 0x7fffu) << 13;
-    if ((p->bits & 0x7c00u) == 0x7c00u) {
-      wide |= 0x7f800000u;
-    } else {
-      float x;
-      std::memcpy(&x, &wide, sizeof x);
-      x *= 0x1p112f;
-      std::memcpy(&wide, &x, sizeof x);
-    }
-    wide |= sign;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-  }
+  static Reg load(const BFloat* p) { return widen(*p); }
+  static Reg load(const Half* p) { return widen(*p); }
   static void store(float* p, Reg x) { *p = x; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg mul(Reg a, Reg b) { return a * b; }

@@ -14,6 +14,7 @@ from rheoserve_sgl.cache.residency import Residency
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.ops.append import append
+from rheoserve_sgl.ops.pool_keys import pool_keys
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -93,8 +94,7 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def refresh_quick_keys(self, index: int, pages: torch.Tensor, filled: torch.Tensor):
         """Recompute gate keys from the host store: pages `[n]`, valid tokens of each `[n]`."""
-        keys = self.host.layers[index][pages.cpu(), :, 0]
-        self.quick.refresh(index, pages, keys.to(self.device), filled)
+        pool_keys(self.quick.gate, self.host.layers[index], pages, filled.long(), self.quick.layers[index])
 
     def forget_pages(self, pages: torch.Tensor) -> int:
         """Give back the frames of pages that left their owner; returns how many there were."""

@@ -2,7 +2,6 @@
 
 import torch
 
-from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.base import Gate
 
 
@@ -21,14 +20,3 @@ class QuickKeys:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
-
-    def refresh(self, layer: int, pages: torch.Tensor, keys: torch.Tensor, filled: torch.Tensor):
-        """Recompute the gate keys of pages.
-
-        Args:
-            pages: `[n]`
-            keys: `[n, kv_heads, 64, head_dim]` the pages' stored K
-            filled: `[n]` valid tokens of each page, at least 1
-        """
-        valid = torch.arange(PAGE_TOKENS, device=keys.device) < filled[:, None]
-        self.layers[layer][pages] = self.gate.pool(keys.float(), valid[:, None, :, None]).to(self.layers[layer].device)

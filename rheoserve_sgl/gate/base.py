@@ -6,7 +6,12 @@ import torch
 
 
 class Gate(ABC):
-    """Scores blocks by `query(q) . pool(block)`, per query head, in float32."""
+    """Scores blocks by `query(q) . pool(block)`, per query head, in float32.
+
+    pooling: the C++ form of `pool`, a rheo::Pooling of csrc/quick_keys.h
+    """
+
+    pooling: int
 
     @abstractmethod
     def key_dim(self, head_dim: int) -> int:

@@ -10,6 +10,8 @@ from rheoserve_sgl.gate.base import Gate
 
 
 class MeanGate(Gate):
+    pooling = 1
+
     def key_dim(self, head_dim: int) -> int:
         return head_dim
 

@@ -11,6 +11,8 @@ from rheoserve_sgl.gate.base import Gate
 
 
 class QuestGate(Gate):
+    pooling = 0
+
     def key_dim(self, head_dim: int) -> int:
         return 2 * head_dim
 

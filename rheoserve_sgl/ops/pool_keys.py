@@ -1,0 +1,42 @@
+"""Gate keys of pages, pooled from their stored K."""
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.gate.base import Gate
+from rheoserve_sgl.ops.extension import DTYPES, address, extension
+
+
+def pool_keys(gate: Gate, host, pages, filled, quick):
+    """Recompute the gate keys of some pages of one layer, in place.
+
+    Args:
+        host: `[all_pages, kv_heads, 2, 64, head_dim]`, the host store
+        pages: `[n]` int64
+        filled: `[n]` int64, valid tokens of each page, 1 to 64
+        quick: `[all_pages, kv_heads, key_dim]` float32, on the device
+    """
+    run = pool_keys_cpu if quick.device.type == "cpu" else pool_keys_torch
+    run(gate, host, pages, filled, quick)
+
+
+def pool_keys_torch(gate: Gate, host, pages, filled, quick):
+    keys = host[pages.cpu(), :, 0].to(quick.device)
+    valid = torch.arange(PAGE_TOKENS, device=quick.device) < filled[:, None]
+    quick[pages] = gate.pool(keys.float(), valid[:, None, :, None])
+
+
+def pool_keys_cpu(gate: Gate, host, pages, filled, quick):
+    all_pages, kv_heads, _, _, dim = host.shape
+    extension().pool_keys(
+        gate.pooling,
+        address(host, host.dtype, (all_pages, kv_heads, 2, PAGE_TOKENS, dim), "host"),
+        DTYPES[host.dtype],
+        address(pages, torch.int64, (len(pages),), "pages"),
+        address(filled, torch.int64, (len(pages),), "filled"),
+        address(quick, torch.float32, (all_pages, kv_heads, gate.key_dim(dim)), "quick"),
+        len(pages),
+        all_pages,
+        kv_heads,
+        dim,
+    )
