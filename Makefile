@@ -4,7 +4,7 @@ PORT ?= 30000
 MODEL ?= models/nano
 ARGS ?=
 # Few frames for the bundled model, so that a long prompt shows both tiers at work.
-DEMO := $(if $(filter models/nano,$(MODEL)),--rheoserve-device-tokens 4096)
+DEMO := $(if $(filter models/nano,$(MODEL)),--rheoserve-device-tokens 4096 --rheoserve-host-ratio 32)
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
