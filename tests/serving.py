@@ -138,3 +138,18 @@ def rheo_server(model: Path, args: list[str], folder: Path, env: dict | None = N
         folder / "log",
         env,
     )
+
+
+def check_transformers(server: Server, path: Path, new_tokens: int = 20):
+    """Greedy tokens equal those of Hugging Face's own generate on the same checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # the server is told to ignore it, too
+    for prompt in random_prompts(3, (5, 64, 1500)):
+        with torch.no_grad():
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
+        answer = out[0, len(prompt) :].tolist()
+        assert len(answer) == new_tokens
+        assert server.tokens([prompt], new_tokens)[0] == answer

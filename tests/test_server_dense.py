@@ -1,8 +1,7 @@
 """Against dense attention: greedy tokens of a real server equal torch_native's and transformers'."""
 
 import pytest
-import torch
-from serving import Server, random_prompts, rheo_server
+from serving import Server, check_transformers, random_prompts, rheo_server
 
 pytestmark = pytest.mark.server
 
@@ -80,30 +79,17 @@ def test_odd_shapes_equal_transformers(checkpoints, tmp_path):
         check_transformers(server, path)
 
 
-def check_transformers(server, path):
-    """Hugging Face's own generate, on the same checkpoint."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.generation_config.eos_token_id = None  # the server is told to ignore it, too
-    for prompt in random_prompts(3, (5, 64, 1500)):
-        with torch.no_grad():
-            out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
-        answer = out[0, len(prompt) :].tolist()
-        assert len(answer) == NEW_TOKENS
-        assert server.tokens([prompt], NEW_TOKENS)[0] == answer
-
-
-def test_bf16_logits_agree_within_rounding(dense, checkpoints, tmp_path):
-    """Log probabilities in bf16, ours and torch_native's, next to fp32's.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_in_16_bits_agree_within_rounding(dtype, dense, checkpoints, tmp_path):
+    """Log probabilities in 16 bits, ours and torch_native's, next to fp32's.
 
     A prompt's own log probabilities come from prefill, the generated token's from decode over both tiers.
     """
     # Log probabilities of ids that decode produced: ask for them again with the answer as prompt.
     prompts = random_prompts(4, (65, 300, 2100))
     exact = dense.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
-    bf16 = ["--dtype", "bfloat16"]
-    with rheo_server(checkpoints.path(), [*FEW_FRAMES, "--rheoserve-mode", "full", *bf16], tmp_path) as server:
+    short = ["--dtype", dtype]
+    with rheo_server(checkpoints.path(), [*FEW_FRAMES, "--rheoserve-mode", "full", *short], tmp_path) as server:
         ours = server.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
         # The step after a shared prefix: decode's log probability against prefill's of the same token.
         tokens = [prompt + answer["output_ids"] for prompt, answer in zip(prompts, ours, strict=True)]
@@ -115,7 +101,7 @@ def test_bf16_logits_agree_within_rounding(dense, checkpoints, tmp_path):
         "64",
         "--max-total-tokens",
         "16384",
-        *bf16,
+        *short,
     ]
     with Server(checkpoints.path(), native, tmp_path / "native") as server:
         theirs = server.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
