@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <mutex>
 
 #include "append.h"
 #include "block_attention.h"
@@ -11,6 +12,7 @@
 #include "plan.h"
 #include "quick_keys.h"
 #include "score.h"
+#include "stream.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -29,9 +31,10 @@ void require(bool ok, const std::string& what) {
 
 class Attention {
  public:
-  Attention(int threads, const std::string& variant) : variant_(rheo::choose_variant(variant)) {
+  Attention(int threads, const std::string& variant, const std::vector<int>& cpus)
+      : variant_(rheo::choose_variant(variant)) {
     require(threads >= 1 && threads <= 1024, "threads is " + std::to_string(threads) + "; legal: 1 to 1024");
-    pool_ = std::make_unique<rheo::ThreadPool>(threads);
+    pool_ = std::make_unique<rheo::ThreadPool>(threads, cpus);
   }
 
   const char* variant() const { return variant_.name; }
@@ -68,11 +71,20 @@ class Attention {
     args.scale = scale;
     args.dtype = static_cast<rheo::DType>(dtype);
     py::gil_scoped_release release;
-    rheo::attend(args, variant_, *pool_);
+    const std::lock_guard<std::mutex> one_caller(mutex_);
+    rheo::attend(args, variant_, *pool_, workspace_);
+  }
+
+  uint64_t stream_read(uintptr_t data, int64_t bytes) {
+    require(bytes >= 0 && bytes % (1 << 20) == 0, "bytes is " + std::to_string(bytes) + "; legal: multiples of 1 MiB");
+    py::gil_scoped_release release;
+    return rheo::stream_read(pointer<const void>(data, "data"), bytes, *pool_);
   }
 
  private:
   const rheo::Variant& variant_;
+  std::mutex mutex_;
+  rheo::Workspace workspace_;
   std::unique_ptr<rheo::ThreadPool> pool_;
 };
 
@@ -165,9 +177,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("record", &record, "Accumulates gate scores into the importance of blocks.");
   m.def("append", &append, "Writes new tokens into the host store and into resident frames.");
   py::class_<Attention>(m, "Attention", "A worker pool and a kernel variant.")
-      .def(py::init<int, const std::string&>(), py::arg("threads"), py::arg("variant") = "")
+      .def(py::init<int, const std::string&, const std::vector<int>&>(), py::arg("threads"), py::arg("variant") = "",
+           py::arg("cpus") = std::vector<int>())
       .def_property_readonly("variant", &Attention::variant)
       .def_property_readonly("threads", &Attention::threads)
+      .def("stream_read", &Attention::stream_read, py::arg("data"), py::arg("bytes"),
+           "Reads memory on all threads, and sums it: the rate that attention is measured against.")
       .def("attend", &Attention::attend, py::kw_only(), py::arg("q"), py::arg("tiers"), py::arg("dtype"), py::arg("out"),
            py::arg("lse"), py::arg("batch"), py::arg("kv_heads"), py::arg("group"), py::arg("dim"), py::arg("scale"));
 }

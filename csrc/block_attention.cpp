@@ -5,103 +5,137 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "thread_pool.h"
 
 namespace rheo {
 namespace {
 
-// A run is the unit of work: this many blocks of one (request, KV head). Its length never
-// depends on the batch or the thread count, so neither does the order of additions, and a
-// request gets the same bits alone or in company.
-constexpr int kRunBlocks = 16;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+// Blocks of a task, which has a state of its own: few, so that one head of one request keeps many threads busy and the last task of a
+// step is short; more on long lists, so that the number of partial states stays small.
+constexpr int kFewest = 4, kMost = 16, kTasksOfAList = 128;
 
-struct Task {
-  int pair;   // request * kv_heads + head
-  int tier;
-  int begin;  // first listed block
-};
+int task_blocks(int count) { return std::clamp(count / kTasksOfAList, kFewest, kMost); }
 
-void check(const AttendArgs& a, const Tier& tier) {
-  for (int pair = 0; pair < a.batch * a.kv_heads; ++pair) {
-    const auto refuse = [&](const char* name, int64_t value, int64_t low, int64_t high) {
-      throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " is not in [" + std::to_string(low) + ", " +
-                              std::to_string(high) + "] for request " + std::to_string(pair / a.kv_heads) + ", KV head " +
-                              std::to_string(pair % a.kv_heads));
-    };
-    const int count = tier.counts[pair];
-    if (count < 0 || count > tier.max_list) refuse("count", count, 0, tier.max_list);
-    if (count > 0 && (tier.last_len[pair] < 1 || tier.last_len[pair] > kBlockTokens))
-      refuse("last_len", tier.last_len[pair], 1, kBlockTokens);
-    const int32_t* ids = tier.lists + static_cast<int64_t>(pair) * tier.max_list;
-    for (int i = 0; i < count; ++i)
-      if (ids[i] < 0 || ids[i] >= tier.num_blocks) refuse("block", ids[i], 0, tier.num_blocks - 1);
+[[noreturn]] void refuse(const AttendArgs& a, int pair, const char* name, int64_t value, int64_t low, int64_t high) {
+  throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " is not in [" + std::to_string(low) + ", " +
+                          std::to_string(high) + "] for request " + std::to_string(pair / a.kv_heads) + ", KV head " +
+                          std::to_string(pair % a.kv_heads));
+}
+
+void split(const AttendArgs& a, Workspace& w) {
+  const int pairs = a.batch * a.kv_heads;
+  w.tasks.clear();
+  w.first.resize(pairs + 1);
+  if (w.left_size < static_cast<size_t>(pairs)) {
+    w.left = std::make_unique<std::atomic<int>[]>(pairs);
+    w.left_size = pairs;
   }
+  for (int pair = 0; pair < pairs; ++pair) {
+    w.first[pair] = static_cast<int>(w.tasks.size());
+    for (int t = 0; t < a.num_tiers; ++t) {
+      const Tier& tier = a.tiers[t];
+      const int count = tier.counts[pair];
+      if (count < 0 || count > tier.max_list) refuse(a, pair, "count", count, 0, tier.max_list);
+      if (count > 0 && (tier.last_len[pair] < 1 || tier.last_len[pair] > kBlockTokens))
+        refuse(a, pair, "last_len", tier.last_len[pair], 1, kBlockTokens);
+      const int step = task_blocks(count);
+      for (int b = 0; b < count; b += step) w.tasks.push_back({pair, t, b, std::min(step, count - b)});
+    }
+    w.left[pair].store(static_cast<int>(w.tasks.size()) - w.first[pair], std::memory_order_relaxed);
+  }
+  w.first[pairs] = static_cast<int>(w.tasks.size());
+}
+
+// Threads take chunks of neighbouring tasks: large ones first, because within a chunk the next block is
+// known early enough to be fetched, then smaller ones, so that all threads end together.
+void chunk(int threads, Workspace& w) {
+  const int tasks = static_cast<int>(w.tasks.size());
+  w.chunks.clear();
+  for (int begin = 0; begin < tasks; begin += std::max((tasks - begin) / (2 * threads), 1)) w.chunks.push_back(begin);
+  w.chunks.push_back(tasks);
+}
+
+State state_of(const AttendArgs& a, const Workspace& w, int task) {
+  return State::at(w.states.get() + task * State::floats(a.group, a.dim), a.group);
 }
 
 // Folds the states of one pair, in list order, and writes its output and LSE.
-void finish(const AttendArgs& a, int pair, int first, int runs, const float* maxes,
-            const float* sums, const float* accs) {
+void finish(const AttendArgs& a, const Workspace& w, int pair) {
   const int row = a.group * a.dim;
+  const int first = w.first[pair], end = w.first[pair + 1];
   for (int h = 0; h < a.group; ++h) {
-    float top = -std::numeric_limits<float>::infinity();
-    for (int r = first; r < first + runs; ++r) top = std::max(top, maxes[r * a.group + h]);
+    float top = kLowest;
+    for (int i = first; i < end; ++i) top = std::max(top, state_of(a, w, i).max[h]);
     float* out = a.out + static_cast<int64_t>(pair) * row + h * a.dim;
     std::fill(out, out + a.dim, 0.0f);
     float total = 0.0f;
-    for (int r = first; r < first + runs; ++r) {
-      const float m = maxes[r * a.group + h];
-      const float w = m == top ? 1.0f : std::exp(m - top);
-      total += w * sums[r * a.group + h];
-      const float* acc = accs + static_cast<int64_t>(r) * row + h * a.dim;
-      for (int j = 0; j < a.dim; ++j) out[j] += w * acc[j];
+    for (int i = first; i < end; ++i) {
+      const State state = state_of(a, w, i);
+      const float weight = state.max[h] == top ? 1.0f : std::exp(state.max[h] - top);
+      total += weight * state.sum[h];
+      const float* acc = state.acc + h * a.dim;
+      for (int j = 0; j < a.dim; ++j) out[j] += weight * acc[j];
     }
-    a.lse[pair * a.group + h] = runs == 0 ? -std::numeric_limits<float>::infinity() : top + std::log(total);
-    const float inverse = runs == 0 ? 0.0f : 1.0f / total;
+    a.lse[pair * a.group + h] = first == end ? kLowest : top + std::log(total);
+    const float inverse = first == end ? 0.0f : 1.0f / total;
     for (int j = 0; j < a.dim; ++j) out[j] *= inverse;
+  }
+}
+
+int64_t block_bytes(const AttendArgs& a) {
+  return 2 * kBlockTokens * static_cast<int64_t>(a.dim) * (a.dtype == DType::kFloat32 ? 4 : 2);
+}
+
+const int32_t* ids_of(const AttendArgs& a, const Task& task) {
+  const Tier& tier = a.tiers[task.tier];
+  return tier.lists + static_cast<int64_t>(task.pair) * tier.max_list + task.begin;
+}
+
+void check_ids(const AttendArgs& a, const Task& task) {
+  const int32_t* ids = ids_of(a, task);
+  const int64_t blocks = a.tiers[task.tier].num_blocks;
+  for (int b = 0; b < task.count; ++b)
+    if (ids[b] < 0 || ids[b] >= blocks) refuse(a, task.pair, "block", ids[b], 0, blocks - 1);
+}
+
+// Attends to the tasks [begin, end), those of one list in one run.
+void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int begin, int end) {
+  for (int i = begin; i < end; ++i) check_ids(a, w.tasks[i]);
+  while (begin < end) {
+    const Task& task = w.tasks[begin];
+    const Tier& tier = a.tiers[task.tier];
+    int stop = begin, count = 0;
+    for (; stop < end && w.tasks[stop].pair == task.pair && w.tasks[stop].tier == task.tier; ++stop) count += w.tasks[stop].count;
+    const bool ends_list = task.begin + count == tier.counts[task.pair];
+    const void* next = nullptr;
+    if (stop < end)
+      next = static_cast<const char*>(a.tiers[w.tasks[stop].tier].blocks) + *ids_of(a, w.tasks[stop]) * block_bytes(a);
+    kernel({a.q + static_cast<int64_t>(task.pair) * a.group * a.dim, a.scale, tier.blocks, ids_of(a, task), count,
+            ends_list ? tier.last_len[task.pair] : kBlockTokens, task.count, next, a.group, a.dim,
+            w.states.get() + begin * State::floats(a.group, a.dim)});
+    // Whoever finishes a pair's last task folds its states.
+    if (w.left[task.pair].fetch_sub(stop - begin, std::memory_order_acq_rel) == stop - begin) finish(a, w, task.pair);
+    begin = stop;
   }
 }
 
 }  // namespace
 
-void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool) {
-  for (int t = 0; t < a.num_tiers; ++t) check(a, a.tiers[t]);
-  const int pairs = a.batch * a.kv_heads;
-  const int row = a.group * a.dim;
-  std::vector<Task> tasks;
-  std::vector<int> first(pairs + 1, 0);
-  for (int pair = 0; pair < pairs; ++pair) {
-    first[pair] = static_cast<int>(tasks.size());
-    for (int t = 0; t < a.num_tiers; ++t)
-      for (int b = 0; b < a.tiers[t].counts[pair]; b += kRunBlocks) tasks.push_back({pair, t, b});
+void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Workspace& w) {
+  split(a, w);
+  chunk(pool.size(), w);
+  const size_t floats = w.tasks.size() * State::floats(a.group, a.dim);
+  if (w.states_size < floats) {
+    w.states.reset(new float[floats]);  // not zeroed: every task writes its own
+    w.states_size = floats;
   }
-  const int runs = first[pairs] = static_cast<int>(tasks.size());
-
-  std::vector<float> scaled(static_cast<size_t>(pairs) * row);
-  for (size_t i = 0; i < scaled.size(); ++i) scaled[i] = a.q[i] * a.scale;
-  std::vector<float> maxes(static_cast<size_t>(runs) * a.group, -std::numeric_limits<float>::infinity());
-  std::vector<float> sums(static_cast<size_t>(runs) * a.group, 0.0f);
-  std::vector<float> accs(static_cast<size_t>(runs) * row, 0.0f);
-
-  const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
-  pool.run(runs, [&](int i) {
-    const Task& task = tasks[i];
-    const Tier& tier = a.tiers[task.tier];
-    const int left = tier.counts[task.pair] - task.begin;
-    Run run;
-    run.q = scaled.data() + static_cast<size_t>(task.pair) * row;
-    run.blocks = tier.blocks;
-    run.ids = tier.lists + static_cast<int64_t>(task.pair) * tier.max_list + task.begin;
-    run.count = std::min(left, kRunBlocks);
-    run.last_len = left <= kRunBlocks ? tier.last_len[task.pair] : kBlockTokens;
-    run.group = a.group;
-    run.dim = a.dim;
-    kernel(run, {maxes.data() + static_cast<size_t>(i) * a.group, sums.data() + static_cast<size_t>(i) * a.group,
-                 accs.data() + static_cast<size_t>(i) * row});
-  });
+  const int pairs = a.batch * a.kv_heads;
   for (int pair = 0; pair < pairs; ++pair)
-    finish(a, pair, first[pair], first[pair + 1] - first[pair], maxes.data(), sums.data(), accs.data());
+    if (w.first[pair] == w.first[pair + 1]) finish(a, w, pair);
+  const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
+  pool.run(static_cast<int>(w.chunks.size()) - 1, [&](int i) { attend_chunk(a, w, kernel, w.chunks[i], w.chunks[i + 1]); });
 }
 
 }  // namespace rheo

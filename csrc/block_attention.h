@@ -4,7 +4,11 @@
 // and one file per instruction set under isa/ does the arithmetic.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 namespace rheo {
 
@@ -16,26 +20,33 @@ constexpr int kDimStep = 16;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// One (request, KV head), or a run of its blocks.
-struct Run {
-  const float* q;        // [group, dim], already multiplied by the softmax scale
-  const void* blocks;    // [num_blocks, 2, 64, dim] in the KV dtype: K then V of each block
-  const int32_t* ids;    // [count] block ids
-  int count;
-  int last_len;          // valid tokens of the last listed block, 1..64
-  int group;
-  int dim;
-};
-
-// Online-softmax state of a run: out = acc / sum, lse = max + log(sum).
-// An empty run leaves max = -inf, sum = 0, acc = 0.
+// Online-softmax state of some blocks: out = acc / sum, lse = max + log(sum).
 struct State {
   float* max;  // [group]
   float* sum;  // [group]
   float* acc;  // [group, dim]
+
+  // States lie one behind the other.
+  static constexpr int64_t floats(int group, int dim) { return static_cast<int64_t>(group) * (dim + 2); }
+  static State at(float* base, int group) { return {base, base + group, base + 2 * group}; }
 };
 
-using AttendRun = void (*)(const Run&, const State&);
+// A run of listed blocks of one (request, KV head). Every `blocks_a_state` blocks go to a state of their own.
+struct Run {
+  const float* q;        // [group, dim]
+  float scale;           // of the softmax
+  const void* blocks;    // [num_blocks, 2, 64, dim] in the KV dtype: K then V of each block
+  const int32_t* ids;    // [count] block ids
+  int count;
+  int last_len;          // valid tokens of the last listed block, 1..64
+  int blocks_a_state;
+  const void* next;      // a block that will be read after this run, or null
+  int group;
+  int dim;
+  float* states;         // as many as the blocks need, uninitialised
+};
+
+using AttendRun = void (*)(const Run&);
 
 // A build of the kernel for one instruction set, one entry per DType.
 struct Variant {
@@ -68,8 +79,28 @@ struct AttendArgs {
 
 class ThreadPool;
 
-// Attention over the union of the tiers' lists, which must be disjoint.
+// Blocks of one state.
+struct Task {
+  int pair;  // request * kv_heads + head
+  int tier;
+  int begin, count;  // of the pair's list
+};
+
+// What `attend` needs between its arguments and its results; kept from call to call, because its pages are
+// expensive to touch anew.
+struct Workspace {
+  std::vector<Task> tasks;
+  std::vector<int> first;                     // first task of each pair, and the end
+  std::vector<int> chunks;                    // first task of each chunk that a thread takes, and the end
+  std::unique_ptr<std::atomic<int>[]> left;   // unfinished tasks of each pair
+  size_t left_size = 0;
+  std::unique_ptr<float[]> states;            // max, sum and acc of each task
+  size_t states_size = 0;
+};
+
+// Attention over the union of the tiers' lists, which must be disjoint. A task's order of additions depends
+// on its own list only, so a request gets the same bits alone or in a batch, and on any number of threads.
 // Throws std::out_of_range for a block id, count or tail length outside its bounds.
-void attend(const AttendArgs& args, const Variant& variant, ThreadPool& pool);
+void attend(const AttendArgs& args, const Variant& variant, ThreadPool& pool, Workspace& workspace);
 
 }  // namespace rheo

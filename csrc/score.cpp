@@ -7,12 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "clones.h"
+
 namespace rheo {
 namespace {
 
 constexpr int kLanes = 16;  // independent sums, so that the compiler may use whatever vectors it has
 
-float dot(const float* a, const float* b, int n) {
+RHEO_CLONES float dot(const float* a, const float* b, int n) {
   float sums[kLanes] = {};
   for (int i = 0; i < n; i += kLanes)
     for (int j = 0; j < kLanes; ++j) sums[j] += a[i + j] * b[i + j];

@@ -1,64 +1,102 @@
 #include "thread_pool.h"
 
-namespace rheo {
+#include <pthread.h>
+#include <sched.h>
 
-ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+#include <system_error>
+
+namespace rheo {
+namespace {
+
+constexpr int kCountShift = 24, kRoundShift = 48;
+constexpr uint64_t kField = (uint64_t{1} << 24) - 1;
+// The caller polls this often for the last tasks before it sleeps: some tens of microseconds, about what
+// waking up would cost.
+constexpr int kPolls = 2000;
+
+void pin(std::thread& thread, int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  const int error = pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+  if (error != 0) throw std::system_error(error, std::generic_category(), "cannot pin a worker to processor " + std::to_string(cpu));
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) {
+  try {
+    for (int i = 1; i < threads; ++i) {
+      workers_.emplace_back([this] { work(); });
+      if (!cpus.empty()) pin(workers_.back(), cpus[i % cpus.size()]);
+    }
+  } catch (...) {
+    this->~ThreadPool();
+    throw;
+  }
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-  }
-  wake_.notify_all();
+  stop_.store(true);
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
 }
 
 void ThreadPool::run(int count, const std::function<void(int)>& task) {
+  if (count <= 0) return;
+  if (count > kMaxTasks) throw std::length_error("too many tasks for one round: " + std::to_string(count));
   std::lock_guard<std::mutex> one_caller(caller_);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    task_ = &task;
-    count_ = count;
-    next_.store(0, std::memory_order_relaxed);
-    error_ = nullptr;
-    // Waking a thread costs more than a task is worth when there is only one.
-    busy_ = count > 1 ? static_cast<int>(workers_.size()) : 0;
-    if (busy_ > 0) ++round_;
+  task_ = &task;
+  error_ = nullptr;
+  done_.store(0, std::memory_order_relaxed);
+  tickets_.store(++round_ << kRoundShift | static_cast<uint64_t>(count) << kCountShift, std::memory_order_release);
+  // Waking a thread costs more than a task is worth when there is only one.
+  if (count > 1 && !workers_.empty()) {
+    epoch_.fetch_add(1, std::memory_order_release);
+    if (!hot_.load(std::memory_order_relaxed)) epoch_.notify_all();
   }
-  if (busy_ > 0) wake_.notify_all();
   drain();
-  std::unique_lock<std::mutex> lock(mutex_);
-  done_.wait(lock, [this] { return busy_ == 0; });
-  task_ = nullptr;
+  for (int polls = 0;;) {
+    const int done = done_.load(std::memory_order_acquire);
+    if (done == count) break;
+    if (++polls < kPolls) relax();
+    else done_.wait(done, std::memory_order_acquire);
+  }
   if (error_) std::rethrow_exception(error_);
 }
 
+void ThreadPool::set_hot(bool hot) {
+  hot_.store(hot);
+  if (!hot) return;
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+}
+
 void ThreadPool::work() {
-  uint64_t seen = 0;
-  std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [&] { return stop_ || round_ != seen; });
-    if (stop_) return;
-    seen = round_;
-    lock.unlock();
+    const uint32_t epoch = epoch_.load(std::memory_order_acquire);
+    if (stop_.load()) return;
     drain();
-    lock.lock();
-    if (--busy_ == 0) done_.notify_one();
+    while (hot_.load(std::memory_order_relaxed) && epoch_.load(std::memory_order_relaxed) == epoch) relax();
+    epoch_.wait(epoch, std::memory_order_acquire);
   }
 }
 
 void ThreadPool::drain() {
   for (;;) {
-    const int i = next_.fetch_add(1, std::memory_order_relaxed);
-    if (i >= count_) return;
+    const uint64_t ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
+    const int count = static_cast<int>(ticket >> kCountShift & kField);
+    const int index = static_cast<int>(ticket & kField);
+    if (index >= count) return;
     try {
-      (*task_)(i);
+      (*task_)(index);
     } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex_);
+      std::lock_guard<std::mutex> lock(failure_);
       if (!error_) error_ = std::current_exception();
     }
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) done_.notify_one();
   }
 }
 

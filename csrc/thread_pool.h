@@ -2,7 +2,7 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -13,8 +13,11 @@ namespace rheo {
 
 class ThreadPool {
  public:
-  // `threads` counts the caller: a pool of 1 starts no thread.
-  explicit ThreadPool(int threads);
+  static constexpr int kMaxTasks = (1 << 24) - 2048;
+
+  // `threads` counts the caller: a pool of 1 starts no thread. Worker i is pinned to cpus[i]; an empty list
+  // leaves placement to the system. Throws std::system_error for a processor the process may not use.
+  ThreadPool(int threads, const std::vector<int>& cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -25,21 +28,33 @@ class ThreadPool {
   // all are done. One caller at a time; a second one waits. The first exception is rethrown.
   void run(int count, const std::function<void(int)>& task);
 
+  // While hot, idle workers poll instead of sleeping: for the time a decode step is in flight.
+  void set_hot(bool hot);
+
  private:
   void work();
   void drain();
 
   std::vector<std::thread> workers_;
-  std::mutex caller_;
-  std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  const std::function<void(int)>* task_ = nullptr;
-  std::atomic<int> next_{0};
-  int count_ = 0;
-  int busy_ = 0;
-  uint64_t round_ = 0;
-  bool stop_ = false;
+  std::mutex caller_, failure_;
+  // The round, its number of tasks and the next one to hand out, in one word (16, 24 and 24 bits): a worker
+  // that comes late to a finished round draws a number past its end, whatever the caller does meanwhile.
+  alignas(64) std::atomic<uint64_t> tickets_{0};
+  alignas(64) std::atomic<int> done_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  const std::function<void(int)>* task_ = nullptr;  // read only with a valid ticket
   std::exception_ptr error_;
+  uint64_t round_ = 0;
+  std::atomic<bool> stop_{false}, hot_{false};
 };
+
+// Tells the processor that this is a polling loop.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 }  // namespace rheo

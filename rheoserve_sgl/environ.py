@@ -1,6 +1,6 @@
 """Every environment variable that RheoServe reads. A bad value raises; nothing else reads `os.environ`.
 
-RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`avx512`, `avx2`, `neon`, `scalar`)
+RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`amx`, `avx512_bf16`, `avx512`, `avx2`, `neon`, `scalar`)
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
 
 SGLANG_USE_CPU_ENGINE           SGLang's: 1 asks for its own CPU engine, and our CPU platform steps aside

@@ -1,16 +1,19 @@
-// AVX2 + FMA + F16C: 8 floats a register, 16 registers, so tiles of 2 heads x 4 keys.
+// AVX2 + FMA + F16C: 8 floats a register, 16 registers.
 #include <immintrin.h>
 
-#include "attend_run.h"
+#include "fma.h"
 #include "variants.h"
 
 namespace rheo {
 namespace {
 
+typedef double Double __attribute__((may_alias));
+
 struct Avx2 {
   using Reg = __m256;
   static constexpr int kWidth = 8;
-  static constexpr int kHeads = 2;
+  static constexpr int kTokens = 8;
+  static constexpr int kHeads = 4;
 
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
@@ -26,21 +29,22 @@ struct Avx2 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
-  static Reg exp(Reg x) {
-    const Reg n = _mm256_round_ps(_mm256_mul_ps(x, set1(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  static Reg max(Reg x, Reg otherwise) { return _mm256_max_ps(x, otherwise); }
+  static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg scale2(Reg y, Reg n, Reg x) {
     const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    const Reg scale = _mm256_castsi256_ps(_mm256_slli_epi32(i, 23));
-    const Reg y = _mm256_mul_ps(exp_poly<Avx2>(x, n), scale);
-    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(kExpLowest), _CMP_LT_OQ), y);
+    const Reg scaled = _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(i, 23)));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(kExpLowest), _CMP_LT_OQ), scaled);
   }
-  static float sum(Reg x) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  template <int F>
+  static Reg spread(const float* p) {
+    if constexpr (F == 1) return _mm256_set1_ps(*p);
+    else if constexpr (F == 2) return _mm256_castpd_ps(_mm256_set1_pd(*reinterpret_cast<const Double*>(p)));
+    else if constexpr (F == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    else return _mm256_loadu_ps(p);
   }
-  static void sum4(Reg a, Reg b, Reg c, Reg d, float* out) {
-    const Reg s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  static Reg fold(Reg a, Reg b) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(a, b)), _MM_SHUFFLE(3, 1, 2, 0)));
   }
 };
 

@@ -1,7 +1,7 @@
-// NEON (aarch64): 4 floats a register, 32 registers, so tiles of 4 heads x 4 keys.
+// NEON (aarch64): 4 floats a register, 32 registers.
 #include <arm_neon.h>
 
-#include "attend_run.h"
+#include "fma.h"
 #include "variants.h"
 
 namespace rheo {
@@ -10,7 +10,8 @@ namespace {
 struct Neon {
   using Reg = float32x4_t;
   static constexpr int kWidth = 4;
-  static constexpr int kHeads = 4;
+  static constexpr int kTokens = 16;
+  static constexpr int kHeads = 8;
 
   static Reg zero() { return vdupq_n_f32(0.0f); }
   static Reg set1(float x) { return vdupq_n_f32(x); }
@@ -23,16 +24,20 @@ struct Neon {
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
-  static Reg exp(Reg x) {
-    const Reg n = vrndnq_f32(vmulq_n_f32(x, kLog2e));
+  static Reg max(Reg x, Reg otherwise) { return vmaxnmq_f32(x, otherwise); }  // a number wins over NaN
+  static Reg round(Reg x) { return vrndnq_f32(x); }
+  static Reg scale2(Reg y, Reg n, Reg x) {
     const int32x4_t i = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-    const Reg y = vmulq_f32(exp_poly<Neon>(x, n), vreinterpretq_f32_s32(vshlq_n_s32(i, 23)));
-    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), vcltq_f32(x, set1(kExpLowest))));
+    const Reg scaled = vmulq_f32(y, vreinterpretq_f32_s32(vshlq_n_s32(i, 23)));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(scaled), vcltq_f32(x, set1(kExpLowest))));
   }
-  static float sum(Reg x) { return vaddvq_f32(x); }
-  static void sum4(Reg a, Reg b, Reg c, Reg d, float* out) {
-    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  template <int F>
+  static Reg spread(const float* p) {
+    if constexpr (F == 1) return vld1q_dup_f32(p);
+    else if constexpr (F == 2) return vcombine_f32(vld1_f32(p), vld1_f32(p));
+    else return vld1q_f32(p);
   }
+  static Reg fold(Reg a, Reg b) { return vpaddq_f32(a, b); }
 };
 
 }  // namespace

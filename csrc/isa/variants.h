@@ -9,6 +9,8 @@ extern const Variant kScalar;
 #if defined(RHEO_X86)
 extern const Variant kAvx2;
 extern const Variant kAvx512;
+extern const Variant kAvx512Bf16;
+extern const Variant kAmx;
 #elif defined(RHEO_ARM64)
 extern const Variant kNeon;
 #endif

@@ -40,7 +40,7 @@ def worker_pool(threads: int, variant: str = ""):
 
 
 def cpu_variant() -> str:
-    """Which kernel variant CPU attention runs in this process: "avx512", "avx2", "neon" or "scalar"."""
+    """Which kernel variant CPU attention runs in this process, as RHEOSERVE_CPU_VARIANT names them."""
     return worker_pool(1).variant
 
 

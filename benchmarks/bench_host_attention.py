@@ -1,0 +1,162 @@
+"""Host attention against the speed of memory: how much of a streaming read's rate each kernel variant reaches.
+
+Decode attention over random 64-token blocks of a bf16 store that is several times the last-level cache, each
+KV head with a list of its own. "GB/s" counts every listed block once, however many query heads read it. The limit
+is a plain streaming read of the same store by the same threads, measured around each case in the same run. Beside
+it, over as many KV bytes: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last
+line of the output is one JSON document.
+
+Usage: python benchmarks/bench_host_attention.py [--quick] [--threads N ...] [--gib 4]
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from machine import describe_machine
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from rheoserve_sgl.ops.attention import attend_cpu
+from rheoserve_sgl.ops.extension import extension, usable_threads, worker_pool
+from rheoserve_sgl.ops.plan import Visit
+
+KV_HEADS = 8
+BLOCK = 64
+CALL_BYTES = 64 << 20  # KV read by a timed call, at least
+REPEATS = 9
+
+
+def make_store(gib: float, dim: int) -> torch.Tensor:
+    """`[blocks, 2, 64, dim]` bf16 of random numbers, every page touched."""
+    blocks = int(gib * 2**30) // (2 * BLOCK * dim * 2)
+    store = torch.empty(blocks, 2, BLOCK, dim, dtype=torch.bfloat16)
+    for part in store.split(4096):
+        part.normal_()
+    return store
+
+
+def make_visits(store: torch.Tensor, batch: int, count: int) -> list[Visit]:
+    """Distinct random lists for each repeat, so that no block is still in a cache when it is read again."""
+    pairs = batch * KV_HEADS
+    full = torch.full((batch, KV_HEADS), BLOCK, dtype=torch.int32)
+    visits = []
+    ids = torch.randperm(len(store), dtype=torch.int32)
+    for repeat in range(REPEATS + 1):
+        start = repeat * pairs * count % max(len(store) - pairs * count, 1)
+        lists = ids[start : start + pairs * count].view(batch, KV_HEADS, count).contiguous()
+        visits.append(Visit(lists, torch.full_like(full, count), full))
+    return visits
+
+
+def seconds(calls) -> float:
+    """Median time of the calls after the first."""
+    times = []
+    for call in calls:
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def stream_rate(store: torch.Tensor, threads: int) -> float:
+    size = store.nbytes >> 20 << 20
+    part = min(size, 512 << 20)
+    pool = worker_pool(threads)
+    offsets = [i * part % (size - part + 1) >> 20 << 20 for i in range(6)]
+    return part / seconds([lambda o=o: pool.stream_read(store.data_ptr() + o, part) for o in offsets])
+
+
+def kernel_rate(store, visits, group: int, threads: int, variant: str) -> float:
+    dim = store.shape[-1]
+    batch = len(visits[0].count)
+    # A model in bf16 has bf16 queries, which the bf16 variants multiply as they are.
+    q = torch.randn(batch, KV_HEADS, group, dim).bfloat16().float()
+    took = seconds([lambda v=v: attend_cpu(q, ((store, v),), dim**-0.5, threads, variant) for v in visits])
+    return visits[0].blocks.numel() * 2 * BLOCK * dim * store.element_size() / took
+
+
+def peer_rates(store, group: int, threads: int) -> dict[str, float]:
+    """torch's and SGLang's decode attention over CALL_BYTES of KV, all heads with the same tokens."""
+    dim = store.shape[-1]
+    tokens = 2 * CALL_BYTES // (KV_HEADS * 2 * dim * 2)
+    torch.set_num_threads(threads)
+    flat = store.view(-1)
+    size = tokens * KV_HEADS * dim
+    pieces = [flat[i * 2 * size : (i + 1) * 2 * size].view(2, tokens, KV_HEADS, dim) for i in range(4)]
+    q = torch.randn(1, KV_HEADS * group, dim, dtype=torch.bfloat16)
+
+    def sdpa(piece):
+        k, v = (t.view(1, KV_HEADS, tokens, dim) for t in piece)
+        scaled_dot_product_attention(q.view(1, KV_HEADS * group, 1, dim), k, v, enable_gqa=True)
+
+    native = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend)  # the method uses nothing of a backend
+    table = torch.arange(tokens).view(-1, BLOCK)[torch.randperm(tokens // BLOCK)].view(1, tokens)
+
+    def torch_native(piece):
+        native._run_sdpa_forward_decode(
+            q,
+            torch.empty_like(q),
+            *piece,
+            table,
+            torch.tensor([0]),
+            torch.tensor([tokens]),
+            scaling=dim**-0.5,
+            enable_gqa=True,
+        )
+
+    bytes_read = 2 * size * store.element_size()
+    return {f.__name__: bytes_read / seconds([lambda p=p, f=f: f(p) for p in pieces]) for f in (sdpa, torch_native)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 4, 5, 8, 12, 16])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--blocks", type=int, default=64, help="blocks listed for each KV head")
+    parser.add_argument("--threads", type=int, nargs="+", default=[usable_threads(), 1])
+    parser.add_argument("--variants", nargs="+", default=[v for v in extension().cpu_variants() if v != "scalar"])
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the store")
+    parser.add_argument("--quick", action="store_true", help="dim 128, groups 4 and 8, batch 8 only")
+    args = parser.parse_args()
+    if args.quick:
+        args.dims, args.groups, args.batches = [128], [4, 8], [8]
+
+    rows = []
+    for dim in args.dims:
+        store = make_store(args.gib, dim)
+        for threads in dict.fromkeys(args.threads):
+            for group in args.groups:
+                peers = peer_rates(store, group, threads)
+                for batch in args.batches if threads > 1 else args.batches[:1]:
+                    visits = make_visits(store, batch, args.blocks)
+                    before = stream_rate(store, threads)
+                    rates = {v: kernel_rate(store, visits, group, threads, v) for v in args.variants}
+                    limit = (before + stream_rate(store, threads)) / 2
+                    rows.append(
+                        {
+                            "dim": dim,
+                            "threads": threads,
+                            "group": group,
+                            "batch": batch,
+                            "stream": limit,
+                            **rates,
+                            **peers,
+                        }
+                    )
+                    shares = "  ".join(f"{v} {r / 1e9:5.1f} ({r / limit:4.0%})" for v, r in rates.items())
+                    beside = "  ".join(f"{name} {rate / 1e9:.1f}" for name, rate in peers.items())
+                    print(
+                        f"d {dim:3d} threads {threads:2d} group {group:2d} batch {batch:2d}: "
+                        f"stream {limit / 1e9:5.1f} GB/s  {shares}  {beside}",
+                        flush=True,
+                    )
+        del store
+    print(json.dumps({"benchmark": "host_attention", "options": vars(args), "rows": rows, **describe_machine()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+// AMX-BF16: products of bf16 blocks on tiles of 16 rows x 64 bytes.
+//
+// Logits: A = 16 keys as they lie in memory, B = the query pairs, so C is [16 keys][heads].
+// Values, for groups of more than 8: A = the weights, turned to [heads][64 keys] and split into two bf16
+// terms, so that they are not rounded; B = pairs of value rows, interleaved in a scratch; C = [heads][16 columns].
+// For smaller groups the turning costs more than fp32 multiply-add on vectors.
+#include "pairs.h"
+#include "variants.h"
+
+namespace rheo {
+namespace {
+
+// Tile registers, by the intrinsics' literal numbers. 0 to 3 are C, 4 is A, 5 is B; 6 and 7 are A and B cut to
+// half a step of the dim, for dims that are 16 more than a multiple of 32: what lies behind a row or a block must
+// not be multiplied, even by zero.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
+
+  explicit TileConfig(int heads) {
+    for (const int tile : {0, 1, 2, 3, 5, 7}) row_bytes[tile] = static_cast<uint16_t>(4 * heads);
+  }
+};
+
+// GCC's tile loads do not say that they read memory: what was stored for them must be there.
+inline void stores_done() { asm volatile("" ::: "memory"); }
+
+constexpr int kTileWords = 256;  // 16 rows of 16 words
+
+class AmxLogits {
+ public:
+  explicit AmxLogits(const Run& run) : width(run.group <= 4 ? 4 : run.group <= 8 ? 8 : 16), dim_(run.dim) {
+    if (run.group < width)
+      for (auto& term : query_) __builtin_memset(term, 0, sizeof(uint32_t) * width * dim_ / 2);
+    QueryPairs pairs;
+    for (int h = 0; h < run.group; ++h) {
+      const int needed = pairs.split(run.q + h * dim_, dim_);
+      terms_ = needed > terms_ ? needed : terms_;
+      for (int term = 0; term < 2; ++term)
+        for (int k = 0; k < dim_ / 2; ++k) query_[term][k * width + h] = pairs.words(term)[k];
+    }
+    const TileConfig config(width);
+    stores_done();
+    _tile_loadconfig(&config);
+  }
+
+  // Tiles given back make a context switch cheaper: it need not save them.
+  ~AmxLogits() { _tile_release(); }
+
+  const int width;  // heads a row of logits
+
+  void logits(const BFloat* keys, int, float* out, Ahead& ahead) const {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int stride = 2 * dim_;
+    const int quarter = 16 * dim_;  // elements of 16 keys
+    const int row = 4 * width;      // bytes of a row of logits
+    for (int term = 0; term < terms_; ++term) {
+      const uint32_t* q = query_[term];
+      int j = 0;
+      for (; j + 32 <= dim_; j += 32) {
+        _tile_loadd(5, q + j / 2 * width, row);
+        _tile_loadd(4, keys + j, stride);
+        _tile_dpbf16ps(0, 4, 5);
+        ahead.steps(6);
+        _tile_loadd(4, keys + quarter + j, stride);
+        _tile_dpbf16ps(1, 4, 5);
+        ahead.steps(6);
+        _tile_loadd(4, keys + 2 * quarter + j, stride);
+        _tile_dpbf16ps(2, 4, 5);
+        ahead.steps(6);
+        _tile_loadd(4, keys + 3 * quarter + j, stride);
+        _tile_dpbf16ps(3, 4, 5);
+        ahead.steps(6);
+      }
+      if (j < dim_) {
+        _tile_loadd(7, q + j / 2 * width, row);
+        _tile_loadd(6, keys + j, stride);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(6, keys + quarter + j, stride);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(6, keys + 2 * quarter + j, stride);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(6, keys + 3 * quarter + j, stride);
+        _tile_dpbf16ps(3, 6, 7);
+        ahead.steps(12);
+      }
+    }
+    _tile_stored(0, out, row);
+    _tile_stored(1, out + 16 * width, row);
+    _tile_stored(2, out + 32 * width, row);
+    _tile_stored(3, out + 48 * width, row);
+  }
+
+ private:
+  const int dim_;
+  int terms_ = 1;
+  alignas(64) uint32_t query_[2][kMaxGroup * kMaxDim / 2];  // [term][word][head]
+};
+
+class AmxValues {
+ public:
+  AmxValues(const Run& run, int) : dim_(run.dim), strips_(run.dim / 16), group_(run.group) {
+    __builtin_memset(weights_, 0, sizeof weights_);
+  }
+
+  void begin(float* acc) {
+    out_ = acc;
+    fill(sums_[0], kTileWords * strips_, 0.0f);
+  }
+
+  void values(const float* weights, const BFloat* values, int tokens, const float* rescale, Ahead& ahead) {
+    rescale_sums(rescale);
+    turn_weights(weights, ahead);
+    for (int n = 0; n < strips_; n += 4) {
+      interleave(values + n * 16, dim_ - n * 16, tokens, ahead);
+      stores_done();
+      float* sums = sums_[n];
+      _tile_loadd(0, sums, 64);
+      _tile_loadd(1, sums + kTileWords, 64);
+      _tile_loadd(2, sums + 2 * kTileWords, 64);
+      _tile_loadd(3, sums + 3 * kTileWords, 64);
+      for (int half = 0; half < 2; ++half)
+        for (int term = 0; term < 2; ++term) {
+          const uint32_t* rows = pairs_[0] + half * kTileWords;
+          _tile_loadd(4, weights_ + term * 16 * kBlockTokens + 32 * half, 2 * kBlockTokens);
+          _tile_loadd(5, rows, 64);
+          _tile_dpbf16ps(0, 4, 5);
+          ahead.steps(4);
+          _tile_loadd(5, rows + 2 * kTileWords, 64);
+          _tile_dpbf16ps(1, 4, 5);
+          ahead.steps(4);
+          _tile_loadd(5, rows + 4 * kTileWords, 64);
+          _tile_dpbf16ps(2, 4, 5);
+          ahead.steps(4);
+          _tile_loadd(5, rows + 6 * kTileWords, 64);
+          _tile_dpbf16ps(3, 4, 5);
+          ahead.steps(4);
+        }
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + kTileWords, 64);
+      _tile_stored(2, sums + 2 * kTileWords, 64);
+      _tile_stored(3, sums + 3 * kTileWords, 64);
+    }
+  }
+
+  // Undoes the column order that `interleave` left.
+  void finish() const {
+    for (int h = 0; h < group_; ++h)
+      for (int n = 0; n < strips_; ++n)
+        for (int c = 0; c < 16; ++c) out_[h * dim_ + column(n, c)] = sums_[n][h * 16 + c];
+  }
+
+ private:
+  // Which column of the values lies at place c of strip n: unpack puts words 0-3 of each 8 into one strip
+  // and words 4-7 into the next.
+  int column(int n, int c) const {
+    if ((n | 1) >= strips_) return n * 16 + c;  // the cut step keeps its order
+    return n / 2 * 32 + c / 4 * 8 + n % 2 * 4 + c % 4;
+  }
+
+  // Maxima rise in a sequence's first blocks, then rarely.
+  void rescale_sums(const float* rescale) {
+    for (int h = 0; h < group_; ++h) {
+      if (rescale[h] == 1.0f) continue;
+      const __m512 by = _mm512_set1_ps(rescale[h]);
+      for (int n = 0; n < strips_; ++n)
+        _mm512_store_ps(sums_[n] + h * 16, _mm512_mul_ps(_mm512_load_ps(sums_[n] + h * 16), by));
+    }
+  }
+
+  // Weights [64][16 heads] to rows of 64 bf16: heads, and their second terms from row 16.
+  void turn_weights(const float* weights, Ahead& ahead) {
+    for (int t = 0; t < kBlockTokens; t += 16) {
+      __m512 row[16];
+      for (int i = 0; i < 16; ++i) row[i] = _mm512_load_ps(weights + (t + i) * 16);
+      transpose(row);
+      uint16_t* to = weights_ + t;
+      for (int h = 0; h < 16; ++h) {
+        if (h >= group_) break;
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh(row[h]);
+        const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(row[h], rounded));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + h * kBlockTokens), high);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (16 + h) * kBlockTokens), low);
+      }
+      ahead.steps(16);
+    }
+  }
+
+  static void transpose(__m512 (&r)[16]) {
+    __m512 s[16];
+    for (int i = 0; i < 16; i += 2) {
+      s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int k = 0; k < 2; ++k) {
+        const __m512d a = _mm512_castps_pd(s[i + k]), b = _mm512_castps_pd(s[i + k + 2]);
+        r[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        r[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    // Now lane l of r[4g + c] holds column 4l + c of rows 4g to 4g+3: transpose the 4x4 of lanes.
+    for (int c = 0; c < 4; ++c) {
+      const __m512 ab_low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44), ab_high = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xee);
+      const __m512 cd_low = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x44), cd_high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xee);
+      s[c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0x88);
+      s[4 + c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd);
+      s[8 + c] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
+      s[12 + c] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = s[i];
+  }
+
+  // Up to 64 columns of rows 2p and 2p+1 to words at pairs_[strip][p][column]; rows past `tokens` count as
+  // zero, whatever they hold.
+  void interleave(const BFloat* values, int columns, int tokens, Ahead& ahead) {
+    if (columns > 64) columns = 64;
+    for (int p = 0; p < kBlockTokens / 2; ++p) {
+      const BFloat* row = values + static_cast<int64_t>(2 * p) * dim_;
+      const __mmask32 first = 2 * p < tokens ? 0xffffffffu : 0, second = 2 * p + 1 < tokens ? 0xffffffffu : 0;
+      int j = 0;
+      for (; j + 32 <= columns; j += 32) {
+        const __m512i a = _mm512_maskz_loadu_epi16(first, row + j), b = _mm512_maskz_loadu_epi16(second, row + dim_ + j);
+        _mm512_store_si512(pairs_[j / 16] + p * 16, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(pairs_[j / 16 + 1] + p * 16, _mm512_unpackhi_epi16(a, b));
+        ahead.step();
+      }
+      if (j < columns) {
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first), row + j));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(second), row + dim_ + j));
+        _mm512_store_si512(pairs_[j / 16] + p * 16, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      }
+    }
+  }
+
+  // Steps go by 4 strips; what the last one has too many is computed from stale words and never read.
+  static constexpr int kStrips = kMaxDim / 16 + 3;
+
+  const int dim_, strips_, group_;
+  float* out_ = nullptr;
+  alignas(64) uint16_t weights_[2 * 16 * kBlockTokens];  // rows of keys
+  alignas(64) float sums_[kStrips][kTileWords];          // [strip][row][column], the run's sums of values
+  alignas(64) uint32_t pairs_[4][2 * kTileWords];        // [strip][pair of rows][column]
+};
+
+template <class Values>
+struct AmxMath : AmxLogits, Values {
+  using Element = BFloat;
+  using Vector = Avx512;
+  static constexpr int kEarly = 64;
+  explicit AmxMath(const Run& run) : AmxLogits(run), Values(run, AmxLogits::width) {}
+};
+
+void attend_bf16(const Run& run) {
+  if (run.group <= 8) attend_run<AmxMath<FmaValues<Avx512, BFloat, 2>>>(run);
+  else attend_run<AmxMath<AmxValues>>(run);
+}
+
+}  // namespace
+
+const Variant kAmx = {"amx", {attend_run<FmaMath<Avx512, float>>, attend_run<FmaMath<Avx512, Half>>, attend_bf16}};
+
+}  // namespace rheo

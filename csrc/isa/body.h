@@ -1,0 +1,164 @@
+// One run of blocks, written once and compiled by each isa/*.cpp with its own flags.
+//
+// Query heads lie in the lanes of a register: the logits of a block are [64][width] floats with
+// `width` heads a row, so that maxima and sums over tokens need no shuffles, and a key is read from
+// memory once for all heads. While one half of a block is worked on, the next half (V after K, then
+// the next block's K) is fetched line by line.
+//
+// Everything is in an anonymous namespace: two translation units built with different flags must
+// never share an inline function. For the same reason nothing here calls the standard library's templates.
+#pragma once
+
+#include <limits>
+#include <math.h>
+
+#include "../block_attention.h"
+#include "../half.h"
+
+namespace rheo {
+namespace {
+
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+// What will be read next, in one or two pieces; each `step` asks for one cache line.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  const char* then = nullptr;
+  const char* then_end = nullptr;
+
+  void step() {
+    if (at >= end) {
+      if (then >= then_end) return;
+      at = then;
+      end = then = then_end;
+    }
+    __builtin_prefetch(at, 0, 3);
+    at += 64;
+  }
+
+  void steps(int n) {
+    for (int i = 0; i < n; ++i) step();
+  }
+};
+
+inline void fill(float* p, int n, float x) {
+  for (int i = 0; i < n; ++i) p[i] = x;
+}
+
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// exp(x) for x <= 0 by range reduction and a degree-5 polynomial (Cephes expf coefficients), about
+// 2 ulp. V::scale2 multiplies by 2^n and gives 0 where x is below kExpLowest; NaN stays NaN.
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2High = 0.693359375f;
+constexpr float kLn2Low = -2.12194440e-4f;
+constexpr float kExpLowest = -87.3f;
+constexpr float kExpPoly[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+
+template <class V>
+inline typename V::Reg exp_negative(typename V::Reg x) {
+  using R = typename V::Reg;
+  const R n = V::round(V::mul(x, V::set1(kLog2e)));
+  const R r = V::fma(n, V::set1(-kLn2Low), V::fma(n, V::set1(-kLn2High), x));
+  R p = V::set1(kExpPoly[0]);
+  for (int i = 1; i < 6; ++i) p = V::fma(p, r, V::set1(kExpPoly[i]));
+  return V::scale2(V::fma(V::mul(p, r), r, V::add(r, V::set1(1.0f))), n, x);
+}
+
+// Turns logits [64][width], still without the softmax scale, into exp(scaled logit - running max) and adds
+// them to the running sums; `rescale` is what the older part of the state must be multiplied by. A NaN logit is
+// lost in the maximum but not in the exponential, so it reaches the sum and poisons its own head only.
+// A row of fewer heads than lanes shares a register with the next rows.
+template <class V>
+inline void soften(float* logits, int width, const Run& run, int tokens, const State& state, float* rescale, Ahead& ahead) {
+  using R = typename V::Reg;
+  constexpr int kMaxRegs = kMaxGroup / V::kWidth > 1 ? kMaxGroup / V::kWidth : 1;
+  const int total = kBlockTokens * width;
+  fill(logits + tokens * width, total - tokens * width, kLowest);
+  const int regs = width > V::kWidth ? width / V::kWidth : 1;  // registers before the heads repeat
+  const int step = regs * V::kWidth;                           // lanes, some of them of the same head
+  const int quarter = total / 4;                               // four chains, to hide latency
+  alignas(64) float lanes[kMaxRegs * V::kWidth];
+  for (int r = 0; r < step; r += V::kWidth) {
+    R top[4] = {V::set1(kLowest), V::set1(kLowest), V::set1(kLowest), V::set1(kLowest)};
+    for (int i = r; i < quarter; i += step)
+      for (int c = 0; c < 4; ++c) top[c] = V::max(V::load(logits + c * quarter + i), top[c]);
+    V::store(lanes + r, V::max(V::max(top[0], top[1]), V::max(top[2], top[3])));
+  }
+  float shift[kMaxGroup] = {};
+  for (int h = 0; h < run.group; ++h) {
+    float best = lanes[h];
+    for (int i = h + width; i < step; i += width) best = lanes[i] > best ? lanes[i] : best;
+    const float top = best * run.scale > state.max[h] ? best * run.scale : state.max[h];
+    rescale[h] = state.max[h] == top ? 1.0f : expf(state.max[h] - top);
+    // Nothing but -inf so far (possible only with infinite keys): stay at exp(-inf) = 0.
+    shift[h] = top == kLowest ? 0.0f : top;
+    state.max[h] = top;
+  }
+  for (int i = 0; i < step; ++i) lanes[i] = -shift[i % width];
+  const R scale = V::set1(run.scale);
+  for (int r = 0; r < step; r += V::kWidth) {
+    const R minus = V::load(lanes + r);
+    R sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int i = r; i < quarter; i += step) {
+      for (int c = 0; c < 4; ++c) {
+        float* at = logits + c * quarter + i;
+        const R e = exp_negative<V>(V::fma(V::load(at), scale, minus));
+        V::store(at, e);
+        sum[c] = V::add(sum[c], e);
+      }
+      ahead.steps(4);
+    }
+    V::store(lanes + r, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
+  }
+  for (int h = 0; h < run.group; ++h) {
+    float sum = 0.0f;
+    for (int i = h; i < step; i += width) sum += lanes[i];
+    state.sum[h] = state.sum[h] * rescale[h] + sum;
+  }
+}
+
+// Math offers Element, Vector, kEarly, width and, made for one run: begin(acc) and finish() around the blocks of a
+// state, logits(keys, tokens, out, ahead) and values(weights, values, tokens, rescale, ahead).
+//
+// While values are multiplied, the next block's keys are fetched, and kEarly 256ths of its values, the rest of
+// which is fetched while the next keys are multiplied: so that lines are asked for at an even rate, whichever
+// phase is longer. (A core has few line fill buffers; asking for more at once stalls it.)
+template <class Math>
+void attend_run(const Run& run) {
+  using T = typename Math::Element;
+  const int64_t half = static_cast<int64_t>(kBlockTokens) * run.dim;
+  const int64_t half_bytes = half * static_cast<int64_t>(sizeof(T));
+  const T* blocks = static_cast<const T*>(run.blocks);
+  const int64_t early = half_bytes / 256 * Math::kEarly;
+  const auto block = [&](int b) { return blocks + run.ids[b] * 2 * half; };
+  alignas(64) float weights[kBlockTokens * kMaxGroup];
+  float rescale[kMaxGroup];
+  Math math(run);
+  State state{};
+  for (int b = 0; b < run.count; ++b) {
+    if (b % run.blocks_a_state == 0) {
+      if (b > 0) math.finish();
+      state = State::at(run.states + b / run.blocks_a_state * State::floats(run.group, run.dim), run.group);
+      fill(state.max, run.group, kLowest);
+      fill(state.sum, run.group, 0.0f);
+      math.begin(state.acc);
+    }
+    const T* keys = block(b);
+    const int tokens = b + 1 == run.count ? run.last_len : kBlockTokens;
+    const char* values = reinterpret_cast<const char*>(keys + half);
+    Ahead rest{values + (b == 0 ? 0 : early), values + tokens * run.dim * static_cast<int64_t>(sizeof(T))};
+    math.logits(keys, tokens, weights, rest);
+    soften<typename Math::Vector>(weights, math.width, run, tokens, state, rescale, rest);
+    const char* following = static_cast<const char*>(b + 1 < run.count ? block(b + 1) : run.next);
+    Ahead next;
+    if (following != nullptr) next = {following, following + half_bytes, following + half_bytes, following + half_bytes + early};
+    math.values(weights, keys + half, tokens, rescale, next);
+  }
+  math.finish();
+}
+
+}  // namespace
+}  // namespace rheo
