@@ -31,12 +31,14 @@ ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) {
       if (!cpus.empty()) pin(workers_.back(), cpus[i % cpus.size()]);
     }
   } catch (...) {
-    this->~ThreadPool();
+    stop();  // a constructor that throws runs no destructor
     throw;
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stop_.store(true);
   epoch_.fetch_add(1);
   epoch_.notify_all();

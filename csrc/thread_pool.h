@@ -32,6 +32,7 @@ class ThreadPool {
   void set_hot(bool hot);
 
  private:
+  void stop();
   void work();
   void drain();
 
