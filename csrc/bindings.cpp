@@ -29,6 +29,11 @@ void require(bool ok, const std::string& what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
+rheo::DType dtype_of(int dtype) {
+  require(dtype >= 0 && dtype <= 2, "dtype is " + std::to_string(dtype) + "; legal: 0 fp32, 1 fp16, 2 bf16");
+  return static_cast<rheo::DType>(dtype);
+}
+
 class Attention {
  public:
   Attention(int threads, const std::string& variant, const std::vector<int>& cpus)
@@ -45,7 +50,7 @@ class Attention {
 
   void attend(uintptr_t q, const std::vector<TierTuple>& tiers, int dtype, uintptr_t out, uintptr_t lse, int batch,
               int kv_heads, int group, int dim, float scale) {
-    require(dtype >= 0 && dtype <= 2, "dtype is " + std::to_string(dtype) + "; legal: 0 fp32, 1 fp16, 2 bf16");
+    const rheo::DType kv_dtype = dtype_of(dtype);
     require(batch >= 0 && kv_heads >= 1, "a size is negative");
     require(group >= 1 && group <= rheo::kMaxGroup, "group is " + std::to_string(group) + "; legal: 1 to 16");
     require(dim >= rheo::kDimStep && dim <= rheo::kMaxDim && dim % rheo::kDimStep == 0,
@@ -69,7 +74,7 @@ class Attention {
     args.group = group;
     args.dim = dim;
     args.scale = scale;
-    args.dtype = static_cast<rheo::DType>(dtype);
+    args.dtype = kv_dtype;
     py::gil_scoped_release release;
     const std::lock_guard<std::mutex> one_caller(mutex_);
     rheo::attend(args, variant_, *pool_, workspace_);
@@ -146,11 +151,11 @@ void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc,
 void pool_keys(int pooling, uintptr_t host, int dtype, uintptr_t pages, uintptr_t filled, uintptr_t quick, int64_t count,
                int64_t all_pages, int kv_heads, int dim) {
   require(pooling == 0 || pooling == 1, "pooling is " + std::to_string(pooling) + "; legal: 0 max and min, 1 mean");
-  require(dtype >= 0 && dtype <= 2, "dtype is " + std::to_string(dtype) + "; legal: 0 fp32, 1 fp16, 2 bf16");
+  const rheo::DType kv_dtype = dtype_of(dtype);
   if (count == 0) return;
   const rheo::PoolKeysArgs args{pointer<const void>(host, "host"), pointer<const int64_t>(pages, "pages"),
                                 pointer<const int64_t>(filled, "filled"), pointer<float>(quick, "quick"),
-                                count, all_pages, kv_heads, dim, static_cast<rheo::DType>(dtype)};
+                                count, all_pages, kv_heads, dim, kv_dtype};
   py::gil_scoped_release release;
   rheo::pool_keys(static_cast<rheo::Pooling>(pooling), args);
 }

@@ -12,8 +12,8 @@ namespace rheo {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// Blocks of a task, which has a state of its own: few, so that one head of one request keeps many threads busy and the last task of a
-// step is short; more on long lists, so that the number of partial states stays small.
+// Blocks of a task, which has a state of its own: few, so that one head of one request keeps many threads
+// busy and the last task of a step is short; more on long lists, so that there are not too many states.
 constexpr int kFewest = 4, kMost = 16, kTasksOfAList = 128;
 
 int task_blocks(int count) { return std::clamp(count / kTasksOfAList, kFewest, kMost); }

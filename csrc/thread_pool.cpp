@@ -57,7 +57,7 @@ void ThreadPool::run(int count, const std::function<void(int)>& task) {
   // Waking a thread costs more than a task is worth when there is only one.
   if (count > 1 && !workers_.empty()) {
     epoch_.fetch_add(1, std::memory_order_release);
-    if (!hot_.load(std::memory_order_relaxed)) epoch_.notify_all();
+    epoch_.notify_all();
   }
   drain();
   for (int polls = 0;;) {
@@ -69,19 +69,11 @@ void ThreadPool::run(int count, const std::function<void(int)>& task) {
   if (error_) std::rethrow_exception(error_);
 }
 
-void ThreadPool::set_hot(bool hot) {
-  hot_.store(hot);
-  if (!hot) return;
-  epoch_.fetch_add(1, std::memory_order_release);
-  epoch_.notify_all();
-}
-
 void ThreadPool::work() {
   for (;;) {
     const uint32_t epoch = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
     drain();
-    while (hot_.load(std::memory_order_relaxed) && epoch_.load(std::memory_order_relaxed) == epoch) relax();
     epoch_.wait(epoch, std::memory_order_acquire);
   }
 }

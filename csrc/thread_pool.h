@@ -28,9 +28,6 @@ class ThreadPool {
   // all are done. One caller at a time; a second one waits. The first exception is rethrown.
   void run(int count, const std::function<void(int)>& task);
 
-  // While hot, idle workers poll instead of sleeping: for the time a decode step is in flight.
-  void set_hot(bool hot);
-
  private:
   void stop();
   void work();
@@ -46,7 +43,7 @@ class ThreadPool {
   const std::function<void(int)>* task_ = nullptr;  // read only with a valid ticket
   std::exception_ptr error_;
   uint64_t round_ = 0;
-  std::atomic<bool> stop_{false}, hot_{false};
+  std::atomic<bool> stop_{false};
 };
 
 // Tells the processor that this is a polling loop.
