@@ -75,7 +75,11 @@ def main():
     parser.add_argument("--steps", type=int, default=48, help="decode steps timed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--model", default="--layers 8", help="options of rheoserve_sgl.nano.make, as --model='...'")
+    parser.add_argument(
+        "--model",
+        default="--layers 4 --heads 16 --kv-heads 8 --head-dim 128",
+        help="options of rheoserve_sgl.nano.make, as --model='...'; default: four layers with Qwen3-0.6B's attention",
+    )
     args = parser.parse_args()
 
     prompts = random_prompts(0, [max(args.contexts)] * max(args.batches))

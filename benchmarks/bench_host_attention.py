@@ -19,6 +19,7 @@ from machine import describe_machine
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from rheoserve_sgl.cache.host_memory import zeroed
 from rheoserve_sgl.ops.attention import attend_cpu
 from rheoserve_sgl.ops.extension import extension, usable_threads, worker_pool
 from rheoserve_sgl.ops.plan import Visit
@@ -32,7 +33,7 @@ REPEATS = 9
 def make_store(gib: float, dim: int) -> torch.Tensor:
     """`[blocks, 2, 64, dim]` bf16 of random numbers, every page touched."""
     blocks = int(gib * 2**30) // (2 * BLOCK * dim * 2)
-    store = torch.empty(blocks, 2, BLOCK, dim, dtype=torch.bfloat16)
+    store = zeroed((blocks, 2, BLOCK, dim), torch.bfloat16)
     for part in store.split(4096):
         part.normal_()
     return store

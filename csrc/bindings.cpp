@@ -9,6 +9,7 @@
 #include "append.h"
 #include "block_attention.h"
 #include "cpu_features.h"
+#include "numa.h"
 #include "plan.h"
 #include "quick_keys.h"
 #include "score.h"
@@ -86,6 +87,11 @@ class Attention {
     return rheo::stream_read(pointer<const void>(data, "data"), bytes, *pool_);
   }
 
+  void touch(uintptr_t data, int64_t bytes) {
+    py::gil_scoped_release release;
+    rheo::first_touch(pointer<void>(data, "data"), bytes, *pool_);
+  }
+
  private:
   const rheo::Variant& variant_;
   std::mutex mutex_;
@@ -154,7 +160,7 @@ void pool_keys(int pooling, uintptr_t host, int dtype, uintptr_t pages, uintptr_
   const rheo::DType kv_dtype = dtype_of(dtype);
   if (count == 0) return;
   const rheo::PoolKeysArgs args{pointer<const void>(host, "host"), pointer<const int64_t>(pages, "pages"),
-                                pointer<const int64_t>(filled, "filled"), pointer<float>(quick, "quick"),
+                                pointer<const int32_t>(filled, "filled"), pointer<float>(quick, "quick"),
                                 count, all_pages, kv_heads, dim, kv_dtype};
   py::gil_scoped_release release;
   rheo::pool_keys(static_cast<rheo::Pooling>(pooling), args);
@@ -172,6 +178,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "RheoServe's CPU kernels.";
   m.attr("BLOCK_TOKENS") = rheo::kBlockTokens;
   m.def("cpu_variants", &cpu_variants, "Variants this machine can run, best first.");
+  m.def(
+      "interleave", [](uintptr_t data, size_t bytes) { return rheo::interleave(pointer<void>(data, "data"), bytes); },
+      "Spreads untouched memory over the NUMA nodes; returns how many there are.");
   m.def("plan", &plan, "Selection of blocks and its split by residency.", py::kw_only(), py::arg("select"),
         py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("log_threshold"),
         py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),
@@ -188,6 +197,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("threads", &Attention::threads)
       .def("stream_read", &Attention::stream_read, py::arg("data"), py::arg("bytes"),
            "Reads memory on all threads, and sums it: the rate that attention is measured against.")
+      .def("touch", &Attention::touch, py::arg("data"), py::arg("bytes"),
+           "Writes zeros to memory that is zero already, so that all its pages are mapped.")
       .def("attend", &Attention::attend, py::kw_only(), py::arg("q"), py::arg("tiers"), py::arg("dtype"), py::arg("out"),
            py::arg("lse"), py::arg("batch"), py::arg("kv_heads"), py::arg("group"), py::arg("dim"), py::arg("scale"));
 }

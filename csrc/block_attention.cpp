@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "clones.h"
 #include "thread_pool.h"
 
 namespace rheo {
@@ -48,17 +49,22 @@ void split(const AttendArgs& a, Workspace& w) {
   w.first[pairs] = static_cast<int>(w.tasks.size());
 }
 
-// Threads take chunks of neighbouring tasks: large ones first, because within a chunk the next block is
-// known early enough to be fetched, then smaller ones, so that all threads end together.
+// Threads take chunks of neighbouring tasks: large ones first, for which a kernel is set up once, then smaller
+// ones, so that all threads end together.
 void chunk(int threads, Workspace& w) {
   const int tasks = static_cast<int>(w.tasks.size());
   w.chunks.clear();
-  for (int begin = 0; begin < tasks; begin += std::max((tasks - begin) / (2 * threads), 1)) w.chunks.push_back(begin);
+  for (int begin = 0; begin < tasks; begin += std::max((tasks - begin) / (4 * threads), 1)) w.chunks.push_back(begin);
   w.chunks.push_back(tasks);
 }
 
 State state_of(const AttendArgs& a, const Workspace& w, int task) {
   return State::at(w.states.get() + task * State::floats(a.group, a.dim), a.group);
+}
+
+// out += weight * acc
+RHEO_CLONES void add_scaled(float* out, float weight, const float* acc, int dim) {
+  for (int j = 0; j < dim; ++j) out[j] += weight * acc[j];
 }
 
 // Folds the states of one pair, in list order, and writes its output and LSE.
@@ -75,8 +81,7 @@ void finish(const AttendArgs& a, const Workspace& w, int pair) {
       const State state = state_of(a, w, i);
       const float weight = state.max[h] == top ? 1.0f : std::exp(state.max[h] - top);
       total += weight * state.sum[h];
-      const float* acc = state.acc + h * a.dim;
-      for (int j = 0; j < a.dim; ++j) out[j] += weight * acc[j];
+      add_scaled(out, weight, state.acc + h * a.dim, a.dim);
     }
     a.lse[pair * a.group + h] = first == end ? kLowest : top + std::log(total);
     const float inverse = first == end ? 0.0f : 1.0f / total;
@@ -100,18 +105,28 @@ void check_ids(const AttendArgs& a, const Task& task) {
     if (ids[b] < 0 || ids[b] >= blocks) refuse(a, task.pair, "block", ids[b], 0, blocks - 1);
 }
 
-// Attends to the tasks [begin, end), those of one list in one run.
-void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int begin, int end) {
+// The first block of a task.
+const void* first_block(const AttendArgs& a, const Task& task) {
+  return static_cast<const char*>(a.tiers[task.tier].blocks) + *ids_of(a, task) * block_bytes(a);
+}
+
+// Attends to the tasks of a chunk, those of one list in one run; `after` is this thread's next chunk, or -1.
+void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk, int after) {
+  int begin = w.chunks[chunk];
+  const int end = w.chunks[chunk + 1];
   for (int i = begin; i < end; ++i) check_ids(a, w.tasks[i]);
+  const void* last_next = nullptr;
+  if (after >= 0) {
+    check_ids(a, w.tasks[w.chunks[after]]);
+    last_next = first_block(a, w.tasks[w.chunks[after]]);
+  }
   while (begin < end) {
     const Task& task = w.tasks[begin];
     const Tier& tier = a.tiers[task.tier];
     int stop = begin, count = 0;
     for (; stop < end && w.tasks[stop].pair == task.pair && w.tasks[stop].tier == task.tier; ++stop) count += w.tasks[stop].count;
     const bool ends_list = task.begin + count == tier.counts[task.pair];
-    const void* next = nullptr;
-    if (stop < end)
-      next = static_cast<const char*>(a.tiers[w.tasks[stop].tier].blocks) + *ids_of(a, w.tasks[stop]) * block_bytes(a);
+    const void* next = stop < end ? first_block(a, w.tasks[stop]) : last_next;
     kernel({a.q + static_cast<int64_t>(task.pair) * a.group * a.dim, a.scale, tier.blocks, ids_of(a, task), count,
             ends_list ? tier.last_len[task.pair] : kBlockTokens, task.count, next, a.group, a.dim,
             w.states.get() + begin * State::floats(a.group, a.dim)});
@@ -135,7 +150,7 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Works
   for (int pair = 0; pair < pairs; ++pair)
     if (w.first[pair] == w.first[pair + 1]) finish(a, w, pair);
   const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
-  pool.run(static_cast<int>(w.chunks.size()) - 1, [&](int i) { attend_chunk(a, w, kernel, w.chunks[i], w.chunks[i + 1]); });
+  pool.run(static_cast<int>(w.chunks.size()) - 1, [&](int chunk, int after) { attend_chunk(a, w, kernel, chunk, after); });
 }
 
 }  // namespace rheo

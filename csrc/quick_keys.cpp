@@ -41,7 +41,7 @@ void pool(Pooling pooling, const PoolKeysArgs& a) {
     for (int h = 0; h < a.kv_heads; ++h) {
       const int64_t at = a.pages[i] * a.kv_heads + h;
       const T* keys = static_cast<const T*>(a.host) + at * block;
-      const int tokens = static_cast<int>(a.filled[i]);
+      const int tokens = a.filled[i];
       (pooling == Pooling::kMaxMin ? max_min<T> : mean<T>)(keys, tokens, a.dim, a.quick + at * key_dim);
     }
 }

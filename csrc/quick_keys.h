@@ -12,7 +12,7 @@ enum class Pooling : int { kMaxMin = 0, kMean = 1 };
 struct PoolKeysArgs {
   const void* host;       // [all_pages, kv_heads, 2, 64, dim]
   const int64_t* pages;   // [count]
-  const int64_t* filled;  // [count] valid tokens of each page, 1..64
+  const int32_t* filled;  // [count] valid tokens of each page, 1..64
   float* quick;           // [all_pages, kv_heads, 2 * dim] (max, then min) or [.., dim] (mean)
   int64_t count, all_pages;
   int kv_heads, dim;

@@ -13,6 +13,8 @@ constexpr uint64_t kField = (uint64_t{1} << 24) - 1;
 // The caller polls this often for the last tasks before it sleeps: some tens of microseconds, about what
 // waking up would cost.
 constexpr int kPolls = 2000;
+// A worker polls this often for the next round before it sleeps.
+constexpr int kIdlePolls = 1000;
 
 void pin(std::thread& thread, int cpu) {
   cpu_set_t set;
@@ -46,7 +48,7 @@ void ThreadPool::stop() {
   workers_.clear();
 }
 
-void ThreadPool::run(int count, const std::function<void(int)>& task) {
+void ThreadPool::run(int count, const Work& task) {
   if (count <= 0) return;
   if (count > kMaxTasks) throw std::length_error("too many tasks for one round: " + std::to_string(count));
   std::lock_guard<std::mutex> one_caller(caller_);
@@ -74,23 +76,28 @@ void ThreadPool::work() {
     const uint32_t epoch = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
     drain();
+    for (int polls = 0; polls < kIdlePolls && epoch_.load(std::memory_order_relaxed) == epoch; ++polls) relax();
     epoch_.wait(epoch, std::memory_order_acquire);
   }
 }
 
+ThreadPool::Ticket ThreadPool::draw() {
+  const uint64_t ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
+  const int count = static_cast<int>(ticket >> kCountShift & kField), index = static_cast<int>(ticket & kField);
+  return {index < count ? index : -1, count};
+}
+
 void ThreadPool::drain() {
-  for (;;) {
-    const uint64_t ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
-    const int count = static_cast<int>(ticket >> kCountShift & kField);
-    const int index = static_cast<int>(ticket & kField);
-    if (index >= count) return;
+  // A thread draws one ahead. Both tickets are of one round: it cannot end before the first is done.
+  for (Ticket now = draw(), next; now.index >= 0; now = next) {
+    next = draw();
     try {
-      (*task_)(index);
+      (*task_)(now.index, next.index);
     } catch (...) {
       std::lock_guard<std::mutex> lock(failure_);
       if (!error_) error_ = std::current_exception();
     }
-    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) done_.notify_one();
+    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == now.count) done_.notify_one();
   }
 }
 

@@ -24,13 +24,21 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls task(i) once for every i in [0, count), in no particular order, and returns when
-  // all are done. One caller at a time; a second one waits. The first exception is rethrown.
-  void run(int count, const std::function<void(int)>& task);
+  // What to do for `index`; `next` is what the same thread will do after it, or -1: time to fetch its memory.
+  using Work = std::function<void(int index, int next)>;
+
+  // Calls task once for every index in [0, count), roughly in order, and returns when all are
+  // done. One caller at a time; a second one waits. The first exception is rethrown.
+  void run(int count, const Work& task);
 
  private:
   void stop();
   void work();
+  struct Ticket {
+    int index;  // -1 where the round has none left
+    int count;  // of the round
+  };
+  Ticket draw();
   void drain();
 
   std::vector<std::thread> workers_;
@@ -40,7 +48,7 @@ class ThreadPool {
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};
-  const std::function<void(int)>* task_ = nullptr;  // read only with a valid ticket
+  const Work* task_ = nullptr;  // read only with a valid ticket
   std::exception_ptr error_;
   uint64_t round_ = 0;
   std::atomic<bool> stop_{false};

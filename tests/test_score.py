@@ -52,7 +52,7 @@ def test_pool_keys_cpu_equals_torch(selector, dtype, dim):
     torch.manual_seed(dim)
     gate = make_gate(selector)
     host = torch.randn(20, 3, 2, 64, dim).to(dtype)
-    pages, filled = torch.tensor([3, 19, 7, 1]), torch.tensor([64, 1, 63, 17])
+    pages, filled = torch.tensor([3, 19, 7, 1]), torch.tensor([64, 1, 63, 17], dtype=torch.int32)
     host[7, 1, 0, 5, 3] = torch.nan  # a NaN key shows in its own channel
     host[7, :, 0, 63:] = torch.nan  # stale bytes do not
     mine, theirs = torch.zeros(2, 20, 3, gate.key_dim(dim))
@@ -66,9 +66,9 @@ def test_pool_keys_cpu_equals_torch(selector, dtype, dim):
 def test_pool_keys_refuses_what_is_outside():
     host, quick = torch.zeros(2, 1, 2, 64, 64), torch.zeros(2, 1, 128)
     with pytest.raises(IndexError, match="page 2"):
-        pool_keys_cpu(make_gate("quest"), host, torch.tensor([2]), torch.tensor([1]), quick)
+        pool_keys_cpu(make_gate("quest"), host, torch.tensor([2]), torch.tensor([1], dtype=torch.int32), quick)
     with pytest.raises(IndexError, match="filled is 65"):
-        pool_keys_cpu(make_gate("quest"), host, torch.tensor([1]), torch.tensor([65]), quick)
+        pool_keys_cpu(make_gate("quest"), host, torch.tensor([1]), torch.tensor([65], dtype=torch.int32), quick)
 
 
 def test_quest_bounds_every_logit_of_a_block():

@@ -30,18 +30,48 @@ inline void stores_done() { asm volatile("" ::: "memory"); }
 
 constexpr int kTileWords = 256;  // 16 rows of 16 words
 
+inline void transpose(__m512 (&r)[16]) {
+  __m512 s[16];
+  for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      const __m512d a = _mm512_castps_pd(s[i + k]), b = _mm512_castps_pd(s[i + k + 2]);
+      r[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  // Now lane l of r[4g + c] holds column 4l + c of rows 4g to 4g+3: transpose the 4x4 of lanes.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 ab_low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44), ab_high = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xee);
+    const __m512 cd_low = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x44), cd_high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xee);
+    s[c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0x88);
+    s[4 + c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd);
+    s[8 + c] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
+    s[12 + c] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = s[i];
+}
+
 class AmxLogits {
  public:
   explicit AmxLogits(const Run& run) : width(run.group <= 4 ? 4 : run.group <= 8 ? 8 : 16), dim_(run.dim) {
-    if (run.group < width)
-      for (auto& term : query_) __builtin_memset(term, 0, sizeof(uint32_t) * width * dim_ / 2);
-    QueryPairs pairs;
+    QueryPairs heads[kMaxGroup];
     for (int h = 0; h < run.group; ++h) {
-      const int needed = pairs.split(run.q + h * dim_, dim_);
+      const int needed = heads[h].split(run.q + h * dim_, dim_);
       terms_ = needed > terms_ ? needed : terms_;
-      for (int term = 0; term < 2; ++term)
-        for (int k = 0; k < dim_ / 2; ++k) query_[term][k * width + h] = pairs.words(term)[k];
     }
+    const __mmask16 stored = static_cast<__mmask16>((1 << width) - 1);
+    for (int term = 0; term < terms_; ++term)
+      for (int k = 0; k < dim_ / 2; k += 16) {
+        const int words = dim_ / 2 - k < 16 ? dim_ / 2 - k : 16;
+        __m512 row[16] = {};
+        for (int h = 0; h < run.group; ++h)
+          row[h] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << words) - 1), heads[h].words(term) + k);
+        transpose(row);
+        for (int i = 0; i < words; ++i) _mm512_mask_storeu_ps(query_[term] + (k + i) * width, stored, row[i]);
+      }
     const TileConfig config(width);
     stores_done();
     _tile_loadconfig(&config);
@@ -149,21 +179,24 @@ class AmxValues {
     }
   }
 
-  // Undoes the column order that `interleave` left.
+  // Undoes the column order that `interleave` left: of two strips, words 0-3 of each 8 are in the first and
+  // words 4-7 in the second. A single last strip kept its order.
   void finish() const {
-    for (int h = 0; h < group_; ++h)
-      for (int n = 0; n < strips_; ++n)
-        for (int c = 0; c < 16; ++c) out_[h * dim_ + column(n, c)] = sums_[n][h * 16 + c];
+    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
+    for (int h = 0; h < group_; ++h) {
+      float* out = out_ + h * dim_;
+      int n = 0;
+      for (; n + 2 <= strips_; n += 2) {
+        const __m512 a = _mm512_load_ps(sums_[n] + h * 16), b = _mm512_load_ps(sums_[n + 1] + h * 16);
+        _mm512_storeu_ps(out + n * 16, _mm512_permutex2var_ps(a, front, b));
+        _mm512_storeu_ps(out + n * 16 + 16, _mm512_permutex2var_ps(a, back, b));
+      }
+      if (n < strips_) _mm512_storeu_ps(out + n * 16, _mm512_load_ps(sums_[n] + h * 16));
+    }
   }
 
  private:
-  // Which column of the values lies at place c of strip n: unpack puts words 0-3 of each 8 into one strip
-  // and words 4-7 into the next.
-  int column(int n, int c) const {
-    if ((n | 1) >= strips_) return n * 16 + c;  // the cut step keeps its order
-    return n / 2 * 32 + c / 4 * 8 + n % 2 * 4 + c % 4;
-  }
-
   // Maxima rise in a sequence's first blocks, then rarely.
   void rescale_sums(const float* rescale) {
     for (int h = 0; h < group_; ++h) {
@@ -191,30 +224,6 @@ class AmxValues {
       }
       ahead.steps(16);
     }
-  }
-
-  static void transpose(__m512 (&r)[16]) {
-    __m512 s[16];
-    for (int i = 0; i < 16; i += 2) {
-      s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-      for (int k = 0; k < 2; ++k) {
-        const __m512d a = _mm512_castps_pd(s[i + k]), b = _mm512_castps_pd(s[i + k + 2]);
-        r[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-        r[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-      }
-    // Now lane l of r[4g + c] holds column 4l + c of rows 4g to 4g+3: transpose the 4x4 of lanes.
-    for (int c = 0; c < 4; ++c) {
-      const __m512 ab_low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44), ab_high = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xee);
-      const __m512 cd_low = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x44), cd_high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xee);
-      s[c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0x88);
-      s[4 + c] = _mm512_shuffle_f32x4(ab_low, cd_low, 0xdd);
-      s[8 + c] = _mm512_shuffle_f32x4(ab_high, cd_high, 0x88);
-      s[12 + c] = _mm512_shuffle_f32x4(ab_high, cd_high, 0xdd);
-    }
-    for (int i = 0; i < 16; ++i) r[i] = s[i];
   }
 
   // Up to 64 columns of rows 2p and 2p+1 to words at pairs_[strip][p][column]; rows past `tokens` count as
@@ -249,17 +258,18 @@ class AmxValues {
   alignas(64) uint32_t pairs_[4][2 * kTileWords];        // [strip][pair of rows][column]
 };
 
-template <class Values>
+template <class Values, int Early>
 struct AmxMath : AmxLogits, Values {
   using Element = BFloat;
   using Vector = Avx512;
-  static constexpr int kEarly = 64;
+  // What AmxLogits and soften have steps for, as tried on a Sapphire Rapids (docs/LOG.md).
+  static constexpr int kEarly = Early;
   explicit AmxMath(const Run& run) : AmxLogits(run), Values(run, AmxLogits::width) {}
 };
 
 void attend_bf16(const Run& run) {
-  if (run.group <= 8) attend_run<AmxMath<FmaValues<Avx512, BFloat, 2>>>(run);
-  else attend_run<AmxMath<AmxValues>>(run);
+  if (run.group <= 8) attend_run<AmxMath<FmaValues<Avx512, BFloat, 2>, 128>>(run);
+  else attend_run<AmxMath<AmxValues, 96>>(run);
 }
 
 }  // namespace

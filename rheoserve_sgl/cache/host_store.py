@@ -3,6 +3,7 @@
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.cache.host_memory import pin_all, zeroed
 
 
 class HostStore:
@@ -17,8 +18,9 @@ class HostStore:
         self.pages = pages
         self.kv_heads = kv_heads
         shape = (pages, kv_heads, 2, PAGE_TOKENS, head_dim)
-        # Zeroed memory is mapped on first touch, so an unused store costs address space only.
-        self.layers = [torch.zeros(shape, dtype=dtype, pin_memory=pin) for _ in range(layers)]
+        self.layers = [zeroed(shape, dtype) for _ in range(layers)]
+        if pin:
+            pin_all(self, self.layers)
 
     @property
     def nbytes(self) -> int:

@@ -94,7 +94,7 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def refresh_quick_keys(self, index: int, pages: torch.Tensor, filled: torch.Tensor):
         """Recompute gate keys from the host store: pages `[n]`, valid tokens of each `[n]`."""
-        pool_keys(self.quick.gate, self.host.layers[index], pages, filled.long(), self.quick.layers[index])
+        pool_keys(self.quick.gate, self.host.layers[index], pages, filled.to(torch.int32), self.quick.layers[index])
 
     def forget_pages(self, pages: torch.Tensor) -> int:
         """Give back the frames of pages that left their owner; returns how many there were."""

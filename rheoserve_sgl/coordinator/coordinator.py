@@ -30,6 +30,7 @@ class Coordinator:
         self.pool = pool
         self.config = pool.config
         self._freed: list[torch.Tensor] = []
+        self._visited: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._steps = 0
         self._running: list[int] = []
         self._moved = True  # whether frames were given back since the last exchange
@@ -70,6 +71,7 @@ class Coordinator:
     def begin_decode(self, batch: Batch):
         """Call before a decode step's first layer."""
         self.settle()
+        self._sum_visits()
         self._steps += 1
         self.counts["decode_steps"] += 1
         running = batch.requests.tolist()
@@ -85,8 +87,14 @@ class Coordinator:
 
     def count_visits(self, plan: Plan):
         """Count the blocks that one layer's plan attends in each tier."""
-        self.counts["device_blocks"] += int(plan.device.count.sum())
-        self.counts["host_blocks"] += int(plan.host.count.sum())
+        self._visited.append((plan.device.count, plan.host.count))
+
+    def _sum_visits(self):
+        """Once a step: sums of small tensors cost more than the tensors."""
+        if self._visited:
+            for name, counts in zip(("device_blocks", "host_blocks"), zip(*self._visited, strict=True), strict=True):
+                self.counts[name] += int(torch.cat(counts).sum())
+            self._visited.clear()
 
     def _exchange(self, batch: Batch):
         pool = self.pool
@@ -122,6 +130,7 @@ class Coordinator:
         if pool.importance.is_cuda:
             torch.cuda.synchronize()  # a batch may be in flight on SGLang's forward stream
         self.settle()
+        self._sum_visits()
         used = pool.residency.used
         frames = pool.frame_count * pool.layer_num
         host_pages = pool.host.pages - 1

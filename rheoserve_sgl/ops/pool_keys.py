@@ -13,7 +13,7 @@ def pool_keys(gate: Gate, host, pages, filled, quick):
     Args:
         host: `[all_pages, kv_heads, 2, 64, head_dim]`, the host store
         pages: `[n]` int64
-        filled: `[n]` int64, valid tokens of each page, 1 to 64
+        filled: `[n]` int32, valid tokens of each page, 1 to 64
         quick: `[all_pages, kv_heads, key_dim]` float32, on the device
     """
     run = pool_keys_cpu if quick.device.type == "cpu" else pool_keys_torch
@@ -33,7 +33,7 @@ def pool_keys_cpu(gate: Gate, host, pages, filled, quick):
         address(host, host.dtype, (all_pages, kv_heads, 2, PAGE_TOKENS, dim), "host"),
         DTYPES[host.dtype],
         address(pages, torch.int64, (len(pages),), "pages"),
-        address(filled, torch.int64, (len(pages),), "filled"),
+        address(filled, torch.int32, (len(pages),), "filled"),
         address(quick, torch.float32, (all_pages, kv_heads, gate.key_dim(dim)), "quick"),
         len(pages),
         all_pages,
