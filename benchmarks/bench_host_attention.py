@@ -21,8 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rheoserve_sgl.cache.host_memory import zeroed
 from rheoserve_sgl.ops.attention import attend_cpu
-from rheoserve_sgl.ops.extension import extension, usable_threads, worker_pool
+from rheoserve_sgl.ops.extension import extension
 from rheoserve_sgl.ops.plan import Visit
+from rheoserve_sgl.ops.workers import usable_threads, worker_pool
 
 KV_HEADS = 8
 BLOCK = 64

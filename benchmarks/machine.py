@@ -29,7 +29,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_variant() -> str:
-    from rheoserve_sgl.ops.extension import cpu_variant
+    from rheoserve_sgl.ops.workers import cpu_variant
 
     return cpu_variant()
 

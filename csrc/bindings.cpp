@@ -3,16 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstddef>
 #include <memory>
 #include <mutex>
 
 #include "append.h"
 #include "block_attention.h"
 #include "cpu_features.h"
+#include "doorbell.h"
 #include "numa.h"
 #include "plan.h"
 #include "quick_keys.h"
 #include "score.h"
+#include "self_test.h"
 #include "stream.h"
 #include "thread_pool.h"
 
@@ -35,76 +39,98 @@ rheo::DType dtype_of(int dtype) {
   return static_cast<rheo::DType>(dtype);
 }
 
-class Attention {
- public:
-  Attention(int threads, const std::string& variant, const std::vector<int>& cpus)
-      : variant_(rheo::choose_variant(variant)) {
-    require(threads >= 1 && threads <= 1024, "threads is " + std::to_string(threads) + "; legal: 1 to 1024");
-    pool_ = std::make_unique<rheo::ThreadPool>(threads, cpus);
+// (blocks, num_blocks, lists, counts, last_len, max_list)
+using TierTuple = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int>;
+// (q, tiers, dtype, out, lse, (batch, kv_heads, group, dim), scale)
+using AttentionTuple =
+    std::tuple<uintptr_t, std::vector<TierTuple>, int, uintptr_t, uintptr_t, std::array<int, 4>, float>;
+
+rheo::AttendArgs attend_args(const AttentionTuple& attention) {
+  const auto& [q, tiers, dtype, out, lse, sizes, scale] = attention;
+  const auto& [batch, kv_heads, group, dim] = sizes;
+  rheo::AttendArgs args{};
+  args.dtype = dtype_of(dtype);
+  require(batch >= 0 && kv_heads >= 1, "a size is negative");
+  require(group >= 1 && group <= rheo::kMaxGroup, "group is " + std::to_string(group) + "; legal: 1 to 16");
+  require(dim >= rheo::kDimStep && dim <= rheo::kMaxDim && dim % rheo::kDimStep == 0,
+          "dim is " + std::to_string(dim) + "; legal: multiples of 16 up to 256");
+  require(!tiers.empty() && tiers.size() <= rheo::kMaxTiers,
+          "tiers has " + std::to_string(tiers.size()) + " entries; legal: 1 or 2");
+  args.batch = batch;
+  args.kv_heads = kv_heads;
+  args.group = group;
+  args.dim = dim;
+  args.scale = scale;
+  args.num_tiers = static_cast<int>(tiers.size());
+  if (batch == 0) return args;
+  args.q = pointer<const float>(q, "q");
+  args.out = pointer<float>(out, "out");
+  args.lse = pointer<float>(lse, "lse");
+  for (int t = 0; t < args.num_tiers; ++t) {
+    const auto& [blocks, num_blocks, lists, counts, last_len, max_list] = tiers[t];
+    require(num_blocks >= 0 && max_list >= 0, "a tier's size is negative");
+    args.tiers[t] = {num_blocks == 0 ? nullptr : pointer<const void>(blocks, "blocks"), num_blocks,
+                     max_list == 0 ? nullptr : pointer<const int32_t>(lists, "lists"),
+                     pointer<const int32_t>(counts, "counts"), pointer<const int32_t>(last_len, "last_len"), max_list};
   }
+  return args;
+}
+
+int check_threads(int threads) {
+  require(threads >= 1 && threads <= 1024, "threads is " + std::to_string(threads) + "; legal: 1 to 1024");
+  return threads;
+}
+
+class Workers {
+ public:
+  Workers(int threads, const std::string& variant)
+      : variant_(rheo::choose_variant(variant)), pool_(check_threads(threads), {}) {}
 
   const char* variant() const { return variant_.name; }
-  int threads() const { return pool_->size(); }
+  int threads() const { return pool_.size(); }
+  rheo::ThreadPool& pool() { return pool_; }
 
-  // tiers: for each, (blocks, num_blocks, lists, counts, last_len, max_list)
-  using TierTuple = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int>;
-
-  void attend(uintptr_t q, const std::vector<TierTuple>& tiers, int dtype, uintptr_t out, uintptr_t lse, int batch,
-              int kv_heads, int group, int dim, float scale) {
-    const rheo::DType kv_dtype = dtype_of(dtype);
-    require(batch >= 0 && kv_heads >= 1, "a size is negative");
-    require(group >= 1 && group <= rheo::kMaxGroup, "group is " + std::to_string(group) + "; legal: 1 to 16");
-    require(dim >= rheo::kDimStep && dim <= rheo::kMaxDim && dim % rheo::kDimStep == 0,
-            "dim is " + std::to_string(dim) + "; legal: multiples of 16 up to 256");
-    require(!tiers.empty() && tiers.size() <= rheo::kMaxTiers, "tiers has " + std::to_string(tiers.size()) + " entries; legal: 1 or 2");
-    if (batch == 0) return;
-    rheo::AttendArgs args;
-    args.q = pointer<const float>(q, "q");
-    args.num_tiers = static_cast<int>(tiers.size());
-    for (int t = 0; t < args.num_tiers; ++t) {
-      const auto& [blocks, num_blocks, lists, counts, last_len, max_list] = tiers[t];
-      require(num_blocks >= 0 && max_list >= 0, "a tier's size is negative");
-      args.tiers[t] = {num_blocks == 0 ? nullptr : pointer<const void>(blocks, "blocks"), num_blocks,
-                       max_list == 0 ? nullptr : pointer<const int32_t>(lists, "lists"),
-                       pointer<const int32_t>(counts, "counts"), pointer<const int32_t>(last_len, "last_len"), max_list};
-    }
-    args.out = pointer<float>(out, "out");
-    args.lse = pointer<float>(lse, "lse");
-    args.batch = batch;
-    args.kv_heads = kv_heads;
-    args.group = group;
-    args.dim = dim;
-    args.scale = scale;
-    args.dtype = kv_dtype;
+  void attend(const AttentionTuple& attention) {
+    const rheo::AttendArgs args = attend_args(attention);
     py::gil_scoped_release release;
     const std::lock_guard<std::mutex> one_caller(mutex_);
-    rheo::attend(args, variant_, *pool_, workspace_);
+    rheo::attend(args, variant_, pool_, workspace_);
   }
 
   uint64_t stream_read(uintptr_t data, int64_t bytes) {
     require(bytes >= 0 && bytes % (1 << 20) == 0, "bytes is " + std::to_string(bytes) + "; legal: multiples of 1 MiB");
     py::gil_scoped_release release;
-    return rheo::stream_read(pointer<const void>(data, "data"), bytes, *pool_);
+    return rheo::stream_read(pointer<const void>(data, "data"), bytes, pool_);
   }
 
   void touch(uintptr_t data, int64_t bytes) {
     py::gil_scoped_release release;
-    rheo::first_touch(pointer<void>(data, "data"), bytes, *pool_);
+    rheo::first_touch(pointer<void>(data, "data"), bytes, pool_);
   }
 
  private:
   const rheo::Variant& variant_;
   std::mutex mutex_;
   rheo::Workspace workspace_;
-  std::unique_ptr<rheo::ThreadPool> pool_;
+  rheo::ThreadPool pool_;
 };
+
+std::unique_ptr<rheo::Doorbell> make_doorbell(const std::vector<AttentionTuple>& attentions, uintptr_t batch, uintptr_t bell,
+                                              int threads, const std::string& variant, const std::vector<int>& cpus) {
+  std::vector<rheo::AttendArgs> all;
+  for (const AttentionTuple& attention : attentions) all.push_back(attend_args(attention));
+  require(bell % alignof(rheo::Bell) == 0, "bell is not at a multiple of 64 bytes");
+  return std::make_unique<rheo::Doorbell>(std::move(all), pointer<const int32_t>(batch, "batch"),
+                                          pointer<rheo::Bell>(bell, "bell"), rheo::choose_variant(variant),
+                                          check_threads(threads), cpus);
+}
 
 rheo::PageTable table(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages) {
   require(batch >= 1 && max_pages >= 1 && all_pages >= 1, "a size of the page table is not positive");
   return {pointer<const int64_t>(pages, "pages"), pointer<const int32_t>(n_pages, "n_pages"), batch, max_pages, all_pages};
 }
 
-void plan(int select, int sink_pages, int window_pages, int budget_pages, float log_threshold, bool selected_only,
+void plan(Workers& workers, int select, int sink_pages, int window_pages, int budget_pages, float log_threshold, bool selected_only,
           uintptr_t scores, uintptr_t pages, uintptr_t n_pages, uintptr_t tail_len, uintptr_t frame_of,
           const std::vector<uintptr_t>& outputs, int batch, int kv_heads, int max_pages, int64_t all_pages) {
   require(select >= 0 && select <= 3, "select is " + std::to_string(select) + "; legal: 0 to 3");
@@ -124,23 +150,23 @@ void plan(int select, int sink_pages, int window_pages, int budget_pages, float 
     *visits[i] = {pointer<int32_t>(outputs[3 * i], "blocks"), pointer<int32_t>(outputs[3 * i + 1], "count"),
                   pointer<int32_t>(outputs[3 * i + 2], "last_len")};
   py::gil_scoped_release release;
-  rheo::plan({kind, sink_pages, window_pages, budget_pages, log_threshold, selected_only}, args);
+  rheo::plan({kind, sink_pages, window_pages, budget_pages, log_threshold, selected_only}, args, workers.pool());
 }
 
-void score(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t gate_q,
+void score(Workers& workers, uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t gate_q,
            uintptr_t quick, uintptr_t scores, int kv_heads, int group, int key_dim, float scale) {
   require(key_dim % rheo::kDimStep == 0, "key_dim is " + std::to_string(key_dim) + "; legal: multiples of 16");
   const rheo::PageTable rows = table(pages, n_pages, batch, max_pages, all_pages);
   py::gil_scoped_release release;
   rheo::score(rows, pointer<const float>(gate_q, "gate_q"), pointer<const float>(quick, "quick"),
-              pointer<float>(scores, "scores"), kv_heads, group, key_dim, scale);
+              pointer<float>(scores, "scores"), kv_heads, group, key_dim, scale, workers.pool());
 }
 
-void record(uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t scores,
+void record(Workers& workers, uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t scores,
             uintptr_t importance, int kv_heads, float decay) {
   const rheo::PageTable rows = table(pages, n_pages, batch, max_pages, all_pages);
   py::gil_scoped_release release;
-  rheo::record(rows, pointer<const float>(scores, "scores"), pointer<float>(importance, "importance"), kv_heads, decay);
+  rheo::record(rows, pointer<const float>(scores, "scores"), pointer<float>(importance, "importance"), kv_heads, decay, workers.pool());
 }
 
 void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc, uintptr_t k, uintptr_t v,
@@ -154,16 +180,17 @@ void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc,
   rheo::append(args);
 }
 
-void pool_keys(int pooling, uintptr_t host, int dtype, uintptr_t pages, uintptr_t filled, uintptr_t quick, int64_t count,
+void pool_keys(Workers& workers, int pooling, uintptr_t host, int dtype, uintptr_t pages, uintptr_t filled, uintptr_t quick, int64_t count,
                int64_t all_pages, int kv_heads, int dim) {
   require(pooling == 0 || pooling == 1, "pooling is " + std::to_string(pooling) + "; legal: 0 max and min, 1 mean");
+  require(dim >= 1 && dim <= rheo::kMaxDim, "dim is " + std::to_string(dim) + "; legal: 1 to 256");
   const rheo::DType kv_dtype = dtype_of(dtype);
   if (count == 0) return;
   const rheo::PoolKeysArgs args{pointer<const void>(host, "host"), pointer<const int64_t>(pages, "pages"),
                                 pointer<const int32_t>(filled, "filled"), pointer<float>(quick, "quick"),
                                 count, all_pages, kv_heads, dim, kv_dtype};
   py::gil_scoped_release release;
-  rheo::pool_keys(static_cast<rheo::Pooling>(pooling), args);
+  rheo::pool_keys(static_cast<rheo::Pooling>(pooling), args, workers.pool());
 }
 
 std::vector<std::string> cpu_variants() {
@@ -177,28 +204,35 @@ std::vector<std::string> cpu_variants() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "RheoServe's CPU kernels.";
   m.attr("BLOCK_TOKENS") = rheo::kBlockTokens;
+  m.def("self_test", [](const std::string& variant) { rheo::self_test(rheo::choose_variant(variant)); },
+        "Compares a variant with the scalar one on small inputs.");
   m.def("cpu_variants", &cpu_variants, "Variants this machine can run, best first.");
   m.def(
       "interleave", [](uintptr_t data, size_t bytes) { return rheo::interleave(pointer<void>(data, "data"), bytes); },
       "Spreads untouched memory over the NUMA nodes; returns how many there are.");
-  m.def("plan", &plan, "Selection of blocks and its split by residency.", py::kw_only(), py::arg("select"),
-        py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("log_threshold"),
-        py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),
-        py::arg("frame_of"), py::arg("outputs"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
-        py::arg("all_pages"));
-  m.def("score", &score, "Gate scores over a page table.");
-  m.def("pool_keys", &pool_keys, "Gate keys of pages, pooled from their stored K.");
-  m.def("record", &record, "Accumulates gate scores into the importance of blocks.");
   m.def("append", &append, "Writes new tokens into the host store and into resident frames.");
-  py::class_<Attention>(m, "Attention", "A worker pool and a kernel variant.")
-      .def(py::init<int, const std::string&, const std::vector<int>&>(), py::arg("threads"), py::arg("variant") = "",
-           py::arg("cpus") = std::vector<int>())
-      .def_property_readonly("variant", &Attention::variant)
-      .def_property_readonly("threads", &Attention::threads)
-      .def("stream_read", &Attention::stream_read, py::arg("data"), py::arg("bytes"),
+  py::class_<Workers>(m, "Workers", "A worker pool and a kernel variant.")
+      .def(py::init<int, const std::string&>(), py::arg("threads"), py::arg("variant") = "")
+      .def_property_readonly("variant", &Workers::variant)
+      .def_property_readonly("threads", &Workers::threads)
+      .def("plan", &plan, "Selection of blocks and its split by residency.", py::kw_only(), py::arg("select"),
+           py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("log_threshold"),
+           py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),
+           py::arg("frame_of"), py::arg("outputs"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
+           py::arg("all_pages"))
+      .def("score", &score, "Gate scores over a page table.")
+      .def("record", &record, "Accumulates gate scores into the importance of blocks.")
+      .def("pool_keys", &pool_keys, "Gate keys of pages, pooled from their stored K.")
+      .def("stream_read", &Workers::stream_read, py::arg("data"), py::arg("bytes"),
            "Reads memory on all threads, and sums it: the rate that attention is measured against.")
-      .def("touch", &Attention::touch, py::arg("data"), py::arg("bytes"),
+      .def("touch", &Workers::touch, py::arg("data"), py::arg("bytes"),
            "Writes zeros to memory that is zero already, so that all its pages are mapped.")
-      .def("attend", &Attention::attend, py::kw_only(), py::arg("q"), py::arg("tiers"), py::arg("dtype"), py::arg("out"),
-           py::arg("lse"), py::arg("batch"), py::arg("kv_heads"), py::arg("group"), py::arg("dim"), py::arg("scale"));
+      .def("attend", &Workers::attend, "Attention over listed blocks.", py::arg("attention"));
+  py::class_<rheo::Doorbell>(m, "Doorbell", "A worker pool that is asked through memory.")
+      .def(py::init(&make_doorbell), py::arg("attentions"), py::arg("batch"), py::arg("bell"), py::arg("threads"),
+           py::arg("variant"), py::arg("cpus"), py::call_guard<py::gil_scoped_release>())
+      .def("expect", &rheo::Doorbell::expect, "Requests that will come.", py::arg("count"))
+      .def("failure", &rheo::Doorbell::failure, "The first failure, or an empty string.");
+  m.attr("BELL_BYTES") = sizeof(rheo::Bell);
+  m.attr("BELL_STRIDE") = offsetof(rheo::Bell, answered);
 }

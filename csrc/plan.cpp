@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block_attention.h"
+#include "thread_pool.h"
 
 namespace rheo {
 namespace {
@@ -46,35 +47,33 @@ void close(const Visit& visit, int pair, int count, bool has_tail, int tail_len)
 
 }  // namespace
 
-void plan(const PlanRule& rule, const PlanArgs& a) {
-  std::vector<char> chosen;
-  std::vector<int> rest;
+void plan(const PlanRule& rule, const PlanArgs& a, ThreadPool& pool) {
   check(a.table);
-  for (int b = 0; b < a.table.batch; ++b) {
+  for_each(pool, a.table.batch * a.kv_heads, static_cast<int64_t>(a.table.max_pages) * 64, [&](int pair) {
+    const int b = pair / a.kv_heads, h = pair % a.kv_heads;
     const int pages = a.table.n_pages[b];
     const int64_t* ids = a.table.pages + static_cast<int64_t>(b) * a.table.max_pages;
-    for (int h = 0; h < a.kv_heads; ++h) {
-      const int pair = b * a.kv_heads + h;
-      const int64_t row = static_cast<int64_t>(pair) * a.table.max_pages;
-      select(rule, a.scores == nullptr ? nullptr : a.scores + row, pages, chosen, rest);
-      int on_device = 0, on_host = 0;
-      bool tail_device = false, tail_host = false;
-      for (int p = 0; p < pages; ++p) {
-        const int32_t frame = a.frame_of[ids[p] * a.kv_heads + h];
-        const bool last = p + 1 == pages;
-        if (frame >= 0) {
-          if (!chosen[p] && rule.selected_only) continue;
-          a.device.blocks[row + on_device++] = frame;
-          tail_device = tail_device || last;
-        } else if (chosen[p]) {
-          a.host.blocks[row + on_host++] = static_cast<int32_t>(ids[p] * a.kv_heads + h);
-          tail_host = tail_host || last;
-        }
+    const int64_t row = static_cast<int64_t>(pair) * a.table.max_pages;
+    thread_local std::vector<char> chosen;
+    thread_local std::vector<int> rest;
+    select(rule, a.scores == nullptr ? nullptr : a.scores + row, pages, chosen, rest);
+    int on_device = 0, on_host = 0;
+    bool tail_device = false, tail_host = false;
+    for (int p = 0; p < pages; ++p) {
+      const int32_t frame = a.frame_of[ids[p] * a.kv_heads + h];
+      const bool last = p + 1 == pages;
+      if (frame >= 0) {
+        if (!chosen[p] && rule.selected_only) continue;
+        a.device.blocks[row + on_device++] = frame;
+        tail_device = tail_device || last;
+      } else if (chosen[p]) {
+        a.host.blocks[row + on_host++] = static_cast<int32_t>(ids[p] * a.kv_heads + h);
+        tail_host = tail_host || last;
       }
-      close(a.device, pair, on_device, tail_device, a.tail_len[b]);
-      close(a.host, pair, on_host, tail_host, a.tail_len[b]);
     }
-  }
+    close(a.device, pair, on_device, tail_device, a.tail_len[b]);
+    close(a.host, pair, on_host, tail_host, a.tail_len[b]);
+  });
 }
 
 }  // namespace rheo

@@ -32,6 +32,6 @@ struct PlanArgs {
 };
 
 // Throws std::out_of_range for a page or a page count outside its bounds.
-void plan(const PlanRule& rule, const PlanArgs& args);
+void plan(const PlanRule& rule, const PlanArgs& args, ThreadPool& pool);
 
 }  // namespace rheo

@@ -20,6 +20,6 @@ struct PoolKeysArgs {
 };
 
 // Throws std::out_of_range for a page or a fill outside its bounds; nothing is written then.
-void pool_keys(Pooling pooling, const PoolKeysArgs& args);
+void pool_keys(Pooling pooling, const PoolKeysArgs& args, ThreadPool& pool);
 
 }  // namespace rheo

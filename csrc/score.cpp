@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "clones.h"
+#include "thread_pool.h"
 
 namespace rheo {
 namespace {
@@ -37,52 +38,55 @@ void check(const PageTable& t) {
 }
 
 void score(const PageTable& t, const float* gate_q, const float* quick, float* scores, int kv_heads, int group,
-           int key_dim, float scale) {
+           int key_dim, float scale, ThreadPool& pool) {
   check(t);
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  std::vector<float> logits(t.max_pages);
-  for (int b = 0; b < t.batch; ++b) {
+  for_each(pool, t.batch * kv_heads, static_cast<int64_t>(t.max_pages) * group * key_dim, [&](int pair) {
+    const int b = pair / kv_heads, h = pair % kv_heads;
     const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
     const int pages = t.n_pages[b];
-    for (int h = 0; h < kv_heads; ++h) {
-      const int64_t pair = static_cast<int64_t>(b) * kv_heads + h;
-      float* out = scores + pair * t.max_pages;
-      std::fill(out, out + t.max_pages, kLowest);
-      for (int g = 0; g < group; ++g) {
-        const float* q = gate_q + (pair * group + g) * key_dim;
-        float top = kLowest;
-        for (int p = 0; p < pages; ++p) {
-          logits[p] = scale * dot(q, quick + (ids[p] * kv_heads + h) * key_dim, key_dim);
-          top = logits[p] > top ? logits[p] : top;
-        }
-        float sum = 0.0f;
-        for (int p = 0; p < pages; ++p) sum += std::exp(logits[p] - top);
-        const float lse = top + std::log(sum);
-        // A NaN wins and stays, as in torch's amax.
-        for (int p = 0; p < pages; ++p) {
-          const float s = logits[p] - lse;
-          out[p] = out[p] > s || std::isnan(out[p]) ? out[p] : s;
-        }
+    const float* q = gate_q + static_cast<int64_t>(pair) * group * key_dim;
+    std::vector<float> logits(static_cast<size_t>(group) * pages);
+    for (int p = 0; p < pages; ++p) {
+      const float* key = quick + (ids[p] * kv_heads + h) * key_dim;
+      for (int g = 0; g < group; ++g) logits[g * pages + p] = scale * dot(q + g * key_dim, key, key_dim);
+    }
+    float* out = scores + static_cast<int64_t>(pair) * t.max_pages;
+    std::fill(out, out + t.max_pages, kLowest);
+    for (int g = 0; g < group; ++g) {
+      const float* row = logits.data() + g * pages;
+      const float top = *std::max_element(row, row + pages);
+      float sum = 0.0f;
+      for (int p = 0; p < pages; ++p) sum += std::exp(row[p] - top);
+      const float lse = top + std::log(sum);
+      // A NaN wins and stays, as in torch's amax.
+      for (int p = 0; p < pages; ++p) {
+        const float s = row[p] - lse;
+        out[p] = out[p] > s || std::isnan(out[p]) ? out[p] : s;
       }
     }
-  }
+  });
 }
 
-void record(const PageTable& t, const float* scores, float* importance, int kv_heads, float decay) {
+void record(const PageTable& t, const float* scores, float* importance, int kv_heads, float decay, ThreadPool& pool) {
   check(t);
-  const auto each = [&](auto&& visit) {
-    for (int b = 0; b < t.batch; ++b)
-      for (int h = 0; h < kv_heads; ++h) {
+  // Heads share nothing; the rows of a head may share pages.
+  for_each(pool, kv_heads, static_cast<int64_t>(t.batch) * t.max_pages * 32, [&](int h) {
+    const auto each = [&](auto&& visit) {
+      for (int b = 0; b < t.batch; ++b) {
         const int64_t row = (static_cast<int64_t>(b) * kv_heads + h) * t.max_pages;
-        for (int p = 0; p < t.n_pages[b]; ++p)
-          visit(row + p, importance[t.pages[static_cast<int64_t>(b) * t.max_pages + p] * kv_heads + h]);
+        const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
+        for (int p = 0; p < t.n_pages[b]; ++p) visit(row + p, b * t.max_pages + p, importance[ids[p] * kv_heads + h]);
       }
-  };
-  // The old values are read for all rows before any is overwritten: rows may share pages.
-  std::vector<float> fresh(static_cast<size_t>(t.batch) * kv_heads * t.max_pages);
-  each([&](int64_t i, float& old) { fresh[i] = std::exp(scores[i]) + (decay == 0.0f ? 0.0f : decay * old); });
-  each([&](int64_t, float& old) { old = 0.0f; });
-  each([&](int64_t i, float& now) { now = std::max(now, fresh[i]); });
+    };
+    // The old values are read for all rows before any is overwritten.
+    std::vector<float> fresh(static_cast<size_t>(t.batch) * t.max_pages);
+    each([&](int64_t from, int at, float& old) {
+      fresh[at] = std::exp(scores[from]) + (decay == 0.0f ? 0.0f : decay * old);
+    });
+    each([&](int64_t, int, float& old) { old = 0.0f; });
+    each([&](int64_t, int at, float& now) { now = std::max(now, fresh[at]); });
+  });
 }
 
 }  // namespace rheo

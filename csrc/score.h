@@ -5,6 +5,8 @@
 
 namespace rheo {
 
+class ThreadPool;
+
 struct PageTable {
   const int64_t* pages;    // [batch, max_pages]
   const int32_t* n_pages;  // [batch]
@@ -20,10 +22,11 @@ void check(const PageTable& table);
 //   gate_q [batch, kv_heads, group, key_dim], quick [all_pages, kv_heads, key_dim],
 //   scores [batch, kv_heads, max_pages]
 void score(const PageTable& table, const float* gate_q, const float* quick, float* scores, int kv_heads, int group,
-           int key_dim, float scale);
+           int key_dim, float scale, ThreadPool& pool);
 
 // importance = exp(score) + decay * importance for the table's pages; a page in several rows takes
-// the largest (rheoserve_sgl/coordinator/recorder.py). importance [all_pages, kv_heads].
-void record(const PageTable& table, const float* scores, float* importance, int kv_heads, float decay);
+// the largest (rheoserve_sgl/ops/score.py). importance [all_pages, kv_heads].
+void record(const PageTable& table, const float* scores, float* importance, int kv_heads, float decay,
+            ThreadPool& pool);
 
 }  // namespace rheo

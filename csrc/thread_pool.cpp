@@ -16,6 +16,8 @@ constexpr int kPolls = 2000;
 // A worker polls this often for the next round before it sleeps.
 constexpr int kIdlePolls = 1000;
 
+}  // namespace
+
 void pin(std::thread& thread, int cpu) {
   cpu_set_t set;
   CPU_ZERO(&set);
@@ -23,8 +25,6 @@ void pin(std::thread& thread, int cpu) {
   const int error = pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
   if (error != 0) throw std::system_error(error, std::generic_category(), "cannot pin a worker to processor " + std::to_string(cpu));
 }
-
-}  // namespace
 
 ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus) {
   try {
@@ -71,12 +71,21 @@ void ThreadPool::run(int count, const Work& task) {
   if (error_) std::rethrow_exception(error_);
 }
 
+void ThreadPool::keep_polling(bool on) {
+  if (polling_.exchange(on) || !on) return;
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+}
+
 void ThreadPool::work() {
   for (;;) {
     const uint32_t epoch = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
     drain();
-    for (int polls = 0; polls < kIdlePolls && epoch_.load(std::memory_order_relaxed) == epoch; ++polls) relax();
+    for (int polls = 0; epoch_.load(std::memory_order_relaxed) == epoch; ++polls) {
+      if (polls >= kIdlePolls && !polling_.load(std::memory_order_relaxed)) break;
+      relax();
+    }
     epoch_.wait(epoch, std::memory_order_acquire);
   }
 }

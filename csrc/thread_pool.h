@@ -31,6 +31,9 @@ class ThreadPool {
   // done. One caller at a time; a second one waits. The first exception is rethrown.
   void run(int count, const Work& task);
 
+  // While on, idle workers poll instead of sleeping: for the time that work is about to come.
+  void keep_polling(bool on);
+
  private:
   void stop();
   void work();
@@ -51,8 +54,24 @@ class ThreadPool {
   const Work* task_ = nullptr;  // read only with a valid ticket
   std::exception_ptr error_;
   uint64_t round_ = 0;
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, polling_{false};
 };
+
+// Calls body(i) for every i in [0, count) on the pool's threads, several to a task where one is too little work to
+// wake a thread for. `cost` of one is in multiplications, roughly.
+template <class Body>
+void for_each(ThreadPool& pool, int count, int64_t cost, const Body& body) {
+  constexpr int64_t kWorthATask = 1 << 16;
+  const int64_t wanted = cost < kWorthATask ? kWorthATask / (cost > 0 ? cost : 1) : 1;
+  const int step = wanted < count ? static_cast<int>(wanted) : (count > 0 ? count : 1);
+  pool.run((count + step - 1) / step, [&](int task, int) {
+    const int end = (task + 1) * step < count ? (task + 1) * step : count;
+    for (int i = task * step; i < end; ++i) body(i);
+  });
+}
+
+// Throws std::system_error for a processor the process may not use.
+void pin(std::thread& thread, int cpu);
 
 // Tells the processor that this is a polling loop.
 inline void relax() {

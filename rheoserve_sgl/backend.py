@@ -10,10 +10,10 @@ from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
-from rheoserve_sgl.ops.extension import usable_threads, worker_pool
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention
 from rheoserve_sgl.ops.score import score
+from rheoserve_sgl.ops.workers import worker_pool
 from rheoserve_sgl.refusals import refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -37,8 +37,7 @@ class RheoAttnBackend(AttentionBackend):
         self.coordinator = self.token_to_kv_pool.coordinator
         self.config = self.token_to_kv_pool.config
         self.rule = decode_rule(self.config)
-        ranks = max(model_runner.ps.tp_size, 1)
-        self.threads = self.config.host_threads or max(usable_threads() // ranks, 1)
+        self.threads = self.token_to_kv_pool.threads
         self.batch: Batch | None = None
         logger.info("RheoServe: CPU attention by %s on %d threads", worker_pool(self.threads).variant, self.threads)
 
@@ -71,7 +70,8 @@ class RheoAttnBackend(AttentionBackend):
             pool.refresh_quick_keys(index, batch.newest, batch.tail_len)
             scores = self._score(index, heads, layer.scaling)
             self.coordinator.record(index, batch, scores, fresh=False)
-        steps = plan(self.rule, scores, batch.pages, batch.n_pages, batch.tail_len, pool.residency.frame_of[index])
+        frame_of = pool.residency.frame_of[index]
+        steps = plan(self.rule, scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads)
         self.coordinator.count_visits(steps)
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
@@ -108,8 +108,9 @@ class RheoAttnBackend(AttentionBackend):
 
     def _score(self, index: int, heads: torch.Tensor, scale: float) -> torch.Tensor:
         """Gate scores of queries `[batch, kv_heads, group, head_dim]` over the batch's pages."""
-        quick = self.token_to_kv_pool.quick
-        return score(quick.gate.query(heads), quick.layers[index], self.batch.pages, self.batch.n_pages, scale)
+        quick, batch = self.token_to_kv_pool.quick, self.batch
+        gate_q = quick.gate.query(heads)
+        return score(gate_q, quick.layers[index], batch.pages, batch.n_pages, scale, self.threads)
 
     def _gather_prefix(self, index: int, pages: torch.Tensor, tokens: int):
         """K and V of a request's first tokens, `[2, kv_heads, tokens, head_dim]`, or None."""

@@ -30,7 +30,7 @@ class RheoConfig:
     sink_tokens: int = 64
     window_tokens: int = 512
     exchange_interval: int = 16
-    host_threads: int | None = None  # None: the processors this process may use
+    host_threads: int | None = None  # None: all processors this process may use
     device_attention: str = "resident"
 
     def __post_init__(self):

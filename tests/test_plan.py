@@ -54,6 +54,19 @@ def test_cpu_equals_torch(case):
                 assert listed(mine, b, h) == listed(theirs, b, h)
 
 
+def test_threads_change_nothing():
+    torch.manual_seed(0)
+    scores, pages = torch.randn(4, 8, 1000), torch.stack([torch.randperm(1000) for _ in range(4)])
+    n_pages = torch.tensor([1000, 999, 500, 1], dtype=torch.int32)
+    frame_of = torch.where(torch.rand(1000, 8) < 0.3, torch.arange(8000).view(1000, 8), -1).int()
+    rule = Rule(Select.BUDGET, 1, 2, budget_pages=100)
+    one, three = (plan_cpu(rule, scores, pages, n_pages, n_pages % 64 + 1, frame_of, threads) for threads in (1, 3))
+    for mine, theirs in ((one.device, three.device), (one.host, three.host)):
+        assert torch.equal(mine.count, theirs.count)
+        for b, h in ((b, h) for b in range(4) for h in range(8)):
+            assert listed(mine, b, h) == listed(theirs, b, h)
+
+
 @given(cases())
 @settings(max_examples=200, deadline=None)
 def test_the_lists_are_what_they_say(case):

@@ -39,6 +39,24 @@ def test_record_cpu_equals_torch_with_shared_pages(decay):
     torch.testing.assert_close(mine[1:], theirs[1:])
 
 
+def test_threads_change_no_bit():
+    torch.manual_seed(0)
+    pages, n_pages = table(2, 5, 300, 400)  # enough work for several tasks of each operation
+    quick, q = torch.randn(400, 4, 256), torch.randn(5, 4, 4, 256)
+    one, three = (score_cpu(q, quick, pages, n_pages, 0.1, threads) for threads in (1, 3))
+    assert torch.equal(one, three)
+    importance = [torch.ones(400, 4) for _ in range(2)]
+    keys = [torch.zeros(400, 4, 128) for _ in range(2)]
+    host = torch.randn(400, 4, 2, 64, 64)
+    for threads, recorded, pooled in zip((1, 3), importance, keys, strict=True):
+        record_cpu(one, recorded, pages, n_pages, 0.9, threads)
+        filled = torch.full((399,), 64, dtype=torch.int32)
+        pool_keys_cpu(make_gate("quest"), host, torch.arange(1, 400), filled, pooled, threads)
+    assert torch.equal(*importance)
+    assert torch.equal(*keys)
+    assert bool((keys[0][1:, :, :64] >= host[1:, :, 0].amax(2)).all())
+
+
 def test_recorder_forgets_what_was_there_before_a_prefill():
     importance = torch.full((4, 1), torch.nan)
     record_cpu(torch.zeros(1, 1, 2), importance, torch.tensor([[1, 2]]), torch.tensor([2], dtype=torch.int32), 0.0)

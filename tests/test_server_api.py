@@ -5,7 +5,7 @@ import json
 import pytest
 from serving import random_prompts
 
-from rheoserve_sgl.ops.extension import cpu_variant
+from rheoserve_sgl.ops.workers import cpu_variant
 
 pytestmark = pytest.mark.server
 

@@ -7,7 +7,8 @@ import weakref
 
 import torch
 
-from rheoserve_sgl.ops.extension import extension, usable_threads, worker_pool
+from rheoserve_sgl.ops.extension import extension
+from rheoserve_sgl.ops.workers import worker_pool
 
 logger = logging.getLogger(__name__)
 HUGE_PAGE = 2 << 20
@@ -38,11 +39,11 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return flat[start : start + size].view(dtype).view(shape)
 
 
-def pin_all(owner, tensors: list[torch.Tensor]):
+def pin_all(owner, tensors: list[torch.Tensor], threads: int):
     """Pin tensors of `zeroed` for a GPU, until `owner` is collected.
 
-    Their pages are first touched by the CPU attention's threads; cudaHostRegister would map them one by one. (torch's
-    own pinned memory is rounded up to a power of two.)
+    Their pages are first touched by `threads` threads; cudaHostRegister alone would map them one by one. (torch's own
+    pinned memory is rounded up to a power of two.)
 
     Raises:
         torch.AcceleratorError: the driver's refusal, for example for want of memory
@@ -54,7 +55,7 @@ def pin_all(owner, tensors: list[torch.Tensor]):
     pinned: list[int] = []
     weakref.finalize(owner, _unpin, pinned).atexit = False
     for tensor in tensors:
-        worker_pool(usable_threads()).touch(tensor.data_ptr(), tensor.nbytes)
+        worker_pool(threads).touch(tensor.data_ptr(), tensor.nbytes)
         torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
         pinned.append(tensor.data_ptr())
         done += tensor.nbytes

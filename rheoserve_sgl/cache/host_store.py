@@ -12,15 +12,20 @@ class HostStore:
     A layer is `[pages, kv_heads, 2, 64, head_dim]` in the KV dtype, K before V, so that a block is
     contiguous and block `page * kv_heads + head` of the flat view `[blocks, 2, 64, head_dim]`.
     Page 0 takes the writes of padded tokens.
+
+    Args:
+        pin: whether a GPU will read and write it; `threads` then map it
     """
 
-    def __init__(self, layers: int, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, pin: bool):
+    def __init__(
+        self, layers: int, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, pin: bool, threads: int = 1
+    ):
         self.pages = pages
         self.kv_heads = kv_heads
         shape = (pages, kv_heads, 2, PAGE_TOKENS, head_dim)
         self.layers = [zeroed(shape, dtype) for _ in range(layers)]
         if pin:
-            pin_all(self, self.layers)
+            pin_all(self, self.layers, threads)
 
     @property
     def nbytes(self) -> int:

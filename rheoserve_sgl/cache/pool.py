@@ -15,6 +15,7 @@ from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.ops.append import append
 from rheoserve_sgl.ops.pool_keys import pool_keys
+from rheoserve_sgl.ops.workers import usable_threads
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -33,6 +34,7 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def __init__(self, size: int, *, config: RheoConfig, **kwargs):
         self.config = config
+        self.threads = config.host_threads or usable_threads()
         self.frame_count = config.device_tokens // PAGE_TOKENS * kwargs["head_num"]
         super().__init__(size, page_size=PAGE_TOKENS, **kwargs)
 
@@ -42,7 +44,7 @@ class TwoTierKVPool(MHATokenToKVPool):
         on_gpu = torch.device(self.device).type == "cuda"
         shape = (self.layer_num, pages, self.head_num)
         self.k_buffer, self.v_buffer = [], []  # SGLang's own buffers stay empty
-        self.host = HostStore(*shape, self.head_dim, self.store_dtype, pin=on_gpu)
+        self.host = HostStore(*shape, self.head_dim, self.store_dtype, pin=on_gpu, threads=self.threads)
         self.frames = Frames(self.layer_num, self.frame_count, self.head_dim, self.store_dtype, self.device)
         self.residency = Residency(*shape, self.frame_count, self.device)
         self.quick = QuickKeys(*shape, self.head_dim, make_gate(self.config.selector), self.device)
@@ -94,7 +96,8 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def refresh_quick_keys(self, index: int, pages: torch.Tensor, filled: torch.Tensor):
         """Recompute gate keys from the host store: pages `[n]`, valid tokens of each `[n]`."""
-        pool_keys(self.quick.gate, self.host.layers[index], pages, filled.to(torch.int32), self.quick.layers[index])
+        quick = self.quick
+        pool_keys(quick.gate, self.host.layers[index], pages, filled.to(torch.int32), quick.layers[index], self.threads)
 
     def forget_pages(self, pages: torch.Tensor) -> int:
         """Give back the frames of pages that left their owner; returns how many there were."""

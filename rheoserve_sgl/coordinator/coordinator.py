@@ -83,7 +83,8 @@ class Coordinator:
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor, fresh: bool):
         """Fold gate scores `[batch, kv_heads, max_pages]` into a layer's importance."""
-        record(log_scores, self.pool.importance[layer], batch.pages, batch.n_pages, 0.0 if fresh else DECAY)
+        decay = 0.0 if fresh else DECAY
+        record(log_scores, self.pool.importance[layer], batch.pages, batch.n_pages, decay, self.pool.threads)
 
     def count_visits(self, plan: Plan):
         """Count the blocks that one layer's plan attends in each tier."""

@@ -8,9 +8,10 @@ store. `attend_torch` is the documentation, the oracle, and what runs on a GPU's
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.ops.extension import DTYPES, address, worker_pool
+from rheoserve_sgl.ops.extension import DTYPES, address
 from rheoserve_sgl.ops.merge import merge_torch
 from rheoserve_sgl.ops.plan import Plan, Visit
+from rheoserve_sgl.ops.workers import worker_pool
 
 
 def attend_torch(q: torch.Tensor, blocks: torch.Tensor, visit: Visit, scale: float):
@@ -63,36 +64,39 @@ def attend_cpu(q: torch.Tensor, tiers, scale: float, threads: int, variant: str 
     Returns:
         out, lse as `attend_torch`
     """
+    out = torch.empty(q.shape, dtype=torch.float32)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    worker_pool(threads, variant).attend(attention_arguments(q, tiers, out, lse, scale))
+    return out, lse
+
+
+def attention_arguments(q: torch.Tensor, tiers, out: torch.Tensor, lse: torch.Tensor, scale: float) -> tuple:
+    """What the C++ kernel takes: addresses and sizes of tensors as `attend_cpu` has them."""
     batch, kv_heads, group, dim = q.shape
     pairs = (batch, kv_heads)
     dtype = tiers[0][0].dtype
     if dtype not in DTYPES:
         raise ValueError(f"blocks are {dtype}; legal: {', '.join(map(str, DTYPES))}")
-    out = torch.empty(q.shape, dtype=torch.float32)
-    lse = torch.empty((*pairs, group), dtype=torch.float32)
-    worker_pool(threads, variant).attend(
-        q=address(q, torch.float32, (*pairs, group, dim), "q"),
-        tiers=[
-            (
-                address(blocks, dtype, (len(blocks), 2, PAGE_TOKENS, dim), "blocks"),
-                len(blocks),
-                address(visit.blocks, torch.int32, (*pairs, visit.blocks.shape[-1]), "visit.blocks"),
-                address(visit.count, torch.int32, pairs, "visit.count"),
-                address(visit.last_len, torch.int32, pairs, "visit.last_len"),
-                visit.blocks.shape[-1],
-            )
-            for blocks, visit in tiers
-        ],
-        dtype=DTYPES[dtype],
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
-        batch=batch,
-        kv_heads=kv_heads,
-        group=group,
-        dim=dim,
-        scale=scale,
+    lists = [
+        (
+            address(blocks, dtype, (len(blocks), 2, PAGE_TOKENS, dim), "blocks"),
+            len(blocks),
+            address(visit.blocks, torch.int32, (*pairs, visit.blocks.shape[-1]), "visit.blocks"),
+            address(visit.count, torch.int32, pairs, "visit.count"),
+            address(visit.last_len, torch.int32, pairs, "visit.last_len"),
+            visit.blocks.shape[-1],
+        )
+        for blocks, visit in tiers
+    ]
+    return (
+        address(q, torch.float32, (*pairs, group, dim), "q"),
+        lists,
+        DTYPES[dtype],
+        address(out, torch.float32, (*pairs, group, dim), "out"),
+        address(lse, torch.float32, (*pairs, group), "lse"),
+        (batch, kv_heads, group, dim),
+        scale,
     )
-    return out, lse
 
 
 def attend_tiers(q: torch.Tensor, frames: torch.Tensor, host: torch.Tensor, plan: Plan, scale: float, threads: int):

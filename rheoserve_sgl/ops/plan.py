@@ -11,7 +11,8 @@ from enum import IntEnum
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.ops.extension import address, extension
+from rheoserve_sgl.ops.extension import address
+from rheoserve_sgl.ops.workers import worker_pool
 
 
 class Select(IntEnum):
@@ -57,7 +58,7 @@ class Plan:
     host: Visit  # `blocks` are `page * kv_heads + head`
 
 
-def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
+def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1) -> Plan:
     """Select blocks and split them by residency.
 
     Args:
@@ -66,9 +67,11 @@ def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
         n_pages: `[batch]` int32, at least 1
         tail_len: `[batch]` int32, valid tokens of each newest page
         frame_of: `[all_pages, kv_heads]` int32, this layer's residency
+        threads: size of the worker pool, where tensors are on a CPU
     """
-    run = plan_cpu if pages.device.type == "cpu" else plan_torch
-    return run(rule, scores, pages, n_pages, tail_len, frame_of)
+    if pages.device.type == "cpu":
+        return plan_cpu(rule, scores, pages, n_pages, tail_len, frame_of, threads)
+    return plan_torch(rule, scores, pages, n_pages, tail_len, frame_of)
 
 
 def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
@@ -120,7 +123,7 @@ def _compact(mask, values, last, tail_len) -> Visit:
     )
 
 
-def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
+def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1) -> Plan:
     batch, max_pages = pages.shape
     all_pages, kv_heads = frame_of.shape
     shape = (batch, kv_heads)
@@ -132,7 +135,7 @@ def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
         )
         for _ in range(2)
     ]
-    extension().plan(
+    worker_pool(threads).plan(
         select=int(rule.select),
         sink_pages=rule.sink_pages,
         window_pages=rule.window_pages,

@@ -4,10 +4,11 @@ import torch
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.base import Gate
-from rheoserve_sgl.ops.extension import DTYPES, address, extension
+from rheoserve_sgl.ops.extension import DTYPES, address
+from rheoserve_sgl.ops.workers import worker_pool
 
 
-def pool_keys(gate: Gate, host, pages, filled, quick):
+def pool_keys(gate: Gate, host, pages, filled, quick, threads: int = 1):
     """Recompute the gate keys of some pages of one layer, in place.
 
     Args:
@@ -15,9 +16,12 @@ def pool_keys(gate: Gate, host, pages, filled, quick):
         pages: `[n]` int64
         filled: `[n]` int32, valid tokens of each page, 1 to 64
         quick: `[all_pages, kv_heads, key_dim]` float32, on the device
+        threads: size of the worker pool, where tensors are on a CPU
     """
-    run = pool_keys_cpu if quick.device.type == "cpu" else pool_keys_torch
-    run(gate, host, pages, filled, quick)
+    if quick.device.type == "cpu":
+        pool_keys_cpu(gate, host, pages, filled, quick, threads)
+    else:
+        pool_keys_torch(gate, host, pages, filled, quick)
 
 
 def pool_keys_torch(gate: Gate, host, pages, filled, quick):
@@ -26,9 +30,9 @@ def pool_keys_torch(gate: Gate, host, pages, filled, quick):
     quick[pages] = gate.pool(keys.float(), valid[:, None, :, None])
 
 
-def pool_keys_cpu(gate: Gate, host, pages, filled, quick):
+def pool_keys_cpu(gate: Gate, host, pages, filled, quick, threads: int = 1):
     all_pages, kv_heads, _, _, dim = host.shape
-    extension().pool_keys(
+    worker_pool(threads).pool_keys(
         gate.pooling,
         address(host, host.dtype, (all_pages, kv_heads, 2, PAGE_TOKENS, dim), "host"),
         DTYPES[host.dtype],

@@ -2,10 +2,11 @@
 
 import torch
 
-from rheoserve_sgl.ops.extension import address, extension
+from rheoserve_sgl.ops.extension import address
+from rheoserve_sgl.ops.workers import worker_pool
 
 
-def score(gate_q, quick, pages, n_pages, scale: float):
+def score(gate_q, quick, pages, n_pages, scale: float, threads: int = 1):
     """Score the pages of each request.
 
     A page's score is the best, over the query heads of a group, of the log-softmax of the gate's logits over
@@ -17,12 +18,14 @@ def score(gate_q, quick, pages, n_pages, scale: float):
         pages: `[batch, max_pages]` int64
         n_pages: `[batch]` int32, at least 1
         scale: softmax scale
+        threads: size of the worker pool, where tensors are on a CPU
 
     Returns:
         `[batch, kv_heads, max_pages]` float32, -inf beyond n_pages
     """
-    run = score_cpu if pages.device.type == "cpu" else score_torch
-    return run(gate_q, quick, pages, n_pages, scale)
+    if pages.device.type == "cpu":
+        return score_cpu(gate_q, quick, pages, n_pages, scale, threads)
+    return score_torch(gate_q, quick, pages, n_pages, scale)
 
 
 def score_torch(gate_q, quick, pages, n_pages, scale: float):
@@ -33,10 +36,10 @@ def score_torch(gate_q, quick, pages, n_pages, scale: float):
     return torch.log_softmax(logits, -1).amax(2)
 
 
-def score_cpu(gate_q, quick, pages, n_pages, scale: float):
+def score_cpu(gate_q, quick, pages, n_pages, scale: float, threads: int = 1):
     batch, kv_heads, group, key_dim = gate_q.shape
     scores = torch.empty((batch, kv_heads, pages.shape[1]), dtype=torch.float32)
-    extension().score(
+    worker_pool(threads).score(
         *_table(pages, n_pages, len(quick)),
         address(gate_q, torch.float32, (batch, kv_heads, group, key_dim), "gate_q"),
         address(quick, torch.float32, (len(quick), kv_heads, key_dim), "quick"),
@@ -49,7 +52,7 @@ def score_cpu(gate_q, quick, pages, n_pages, scale: float):
     return scores
 
 
-def record(scores, importance, pages, n_pages, decay: float):
+def record(scores, importance, pages, n_pages, decay: float, threads: int = 1):
     """Fold one step's scores into a layer's importance, in place: exp(score) + decay * importance.
 
     A page that several requests share takes the largest of their values.
@@ -57,11 +60,13 @@ def record(scores, importance, pages, n_pages, decay: float):
     Args:
         scores: `[batch, kv_heads, max_pages]` float32 log probabilities
         importance: `[all_pages, kv_heads]` float32
-        pages, n_pages: as for `score`
+        pages, n_pages, threads: as for `score`
         decay: weight of the past; 0 starts afresh
     """
-    run = record_cpu if pages.device.type == "cpu" else record_torch
-    run(scores, importance, pages, n_pages, decay)
+    if pages.device.type == "cpu":
+        record_cpu(scores, importance, pages, n_pages, decay, threads)
+    else:
+        record_torch(scores, importance, pages, n_pages, decay)
 
 
 def record_torch(scores, importance, pages, n_pages, decay: float):
@@ -74,9 +79,9 @@ def record_torch(scores, importance, pages, n_pages, decay: float):
     importance.scatter_reduce_(0, index, values.reshape(index.shape), "amax", include_self=False)
 
 
-def record_cpu(scores, importance, pages, n_pages, decay: float):
+def record_cpu(scores, importance, pages, n_pages, decay: float, threads: int = 1):
     all_pages, kv_heads = importance.shape
-    extension().record(
+    worker_pool(threads).record(
         *_table(pages, n_pages, all_pages),
         address(scores, torch.float32, (len(pages), kv_heads, pages.shape[1]), "scores"),
         address(importance, torch.float32, (all_pages, kv_heads), "importance"),

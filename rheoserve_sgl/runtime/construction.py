@@ -1,6 +1,7 @@
 """Hooks that build RheoServe's pool and allocator in place of SGLang's."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from sglang.srt.distributed import get_world_group
@@ -10,6 +11,7 @@ from rheoserve_sgl.cache.allocator import TwoTierAllocator
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.coordinator.coordinator import Coordinator
+from rheoserve_sgl.ops.workers import usable_threads
 from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
 from rheoserve_sgl.server_args import selects_rheoserve
 
@@ -46,9 +48,12 @@ def build_pool(original, configurator, **kwargs):
         return original(configurator, **kwargs)
     model = configurator.model_config
     layers = configurator.layer_info
+    config = RheoConfig.from_server_args(configurator.server_args)
+    if config.host_threads is None:
+        config = replace(config, host_threads=max(usable_threads() // get_world_group().world_size, 1))
     pool = TwoTierKVPool(
         kwargs["sizes"].max_total_num_tokens,
-        config=RheoConfig.from_server_args(configurator.server_args),
+        config=config,
         dtype=configurator.kv_cache_dtype,
         head_num=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=model.head_dim,

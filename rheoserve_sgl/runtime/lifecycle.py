@@ -40,6 +40,6 @@ def enable_fused_set_kv_buffer(original, *args, **kwargs):
 
 
 def _cpu_variant() -> str:
-    from rheoserve_sgl.ops.extension import cpu_variant
+    from rheoserve_sgl.ops.workers import cpu_variant
 
     return cpu_variant()

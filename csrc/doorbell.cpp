@@ -1,0 +1,88 @@
+#include "doorbell.h"
+
+#include <chrono>
+#include <stdexcept>
+
+namespace rheo {
+namespace {
+
+// A request that is expected comes within a step's time; after this long the threads sleep between looks.
+constexpr auto kPatience = std::chrono::seconds(2);
+constexpr auto kNap = std::chrono::milliseconds(1);
+constexpr int kPollsPerClock = 256;  // reading the clock costs more than a look
+
+}  // namespace
+
+Doorbell::Doorbell(std::vector<AttendArgs> attentions, const int32_t* batch, Bell* bell, const Variant& variant,
+                   int threads, const std::vector<int>& cpus)
+    : attentions_(std::move(attentions)), batch_(batch), bell_(bell), variant_(variant), pool_(threads, cpus) {
+  if (attentions_.empty()) throw std::invalid_argument("a doorbell needs at least one attention");
+  expected_.store(bell_->answered.load());
+  server_ = std::thread([this] { serve(); });
+  try {
+    if (!cpus.empty()) pin(server_, cpus[0]);
+  } catch (...) {
+    stop();  // a constructor that throws runs no destructor
+    throw;
+  }
+}
+
+Doorbell::~Doorbell() { stop(); }
+
+void Doorbell::stop() {
+  stop_.store(true);
+  expect(1);  // wakes the server
+  server_.join();
+}
+
+void Doorbell::expect(uint64_t count) {
+  expected_.fetch_add(count, std::memory_order_release);
+  expected_.notify_one();
+}
+
+std::string Doorbell::failure() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return failure_;
+}
+
+bool Doorbell::awaits_request() const {
+  return bell_->asked.load(std::memory_order_acquire) == bell_->answered.load(std::memory_order_relaxed);
+}
+
+void Doorbell::serve() {
+  while (!stop_.load()) {
+    const uint64_t answered = bell_->answered.load(std::memory_order_relaxed);
+    if (expected_.load(std::memory_order_acquire) <= answered) {
+      pool_.keep_polling(false);
+      expected_.wait(answered, std::memory_order_acquire);
+      continue;
+    }
+    pool_.keep_polling(true);
+    const auto began = std::chrono::steady_clock::now();
+    bool patient = true;
+    for (int polls = 0; awaits_request() && !stop_.load(std::memory_order_relaxed);) {
+      if (!patient) std::this_thread::sleep_for(kNap);
+      else if (++polls % kPollsPerClock != 0) relax();
+      else if (std::chrono::steady_clock::now() - began > kPatience) pool_.keep_polling(patient = false);
+    }
+    if (!stop_.load()) answer(answered + 1);
+  }
+}
+
+void Doorbell::answer(uint64_t number) {
+  try {
+    AttendArgs args = attentions_[(number - 1) % attentions_.size()];
+    const int most = args.batch;
+    args.batch = *batch_;
+    if (args.batch < 0 || args.batch > most)
+      throw std::out_of_range("batch " + std::to_string(args.batch) + " is not in [0, " + std::to_string(most) + "]");
+    attend(args, variant_, pool_, workspace_);
+  } catch (const std::exception& error) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_.empty()) failure_ = "request " + std::to_string(number) + ": " + error.what();
+    bell_->failed.store(number, std::memory_order_release);
+  }
+  bell_->answered.store(number, std::memory_order_release);
+}
+
+}  // namespace rheo

@@ -1,0 +1,69 @@
+"""The CPU attention's worker pool: how many threads, and which kernel variant they run."""
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+
+from rheoserve_sgl import environ
+from rheoserve_sgl.ops.extension import extension
+
+logger = logging.getLogger(__name__)
+SELF_TEST_SECONDS = 60
+SELF_TEST = "import sys; from rheoserve_sgl import _C; _C.self_test(sys.argv[1])"
+
+
+@functools.lru_cache(maxsize=8)
+def worker_pool(threads: int, variant: str = ""):
+    """The process's worker pool of this size, with the kernel variant chosen once.
+
+    Raises:
+        ValueError: a variant (argument or RHEOSERVE_CPU_VARIANT) that cannot run here, or fails its self-test
+    """
+    return extension().Workers(threads, variant or cpu_variant())
+
+
+@functools.cache
+def cpu_variant() -> str:
+    """The kernel variant of CPU attention in this process: the forced one, or the best that passes its self-test."""
+    forced = environ.cpu_variant()
+    legal = extension().cpu_variants()
+    if forced and forced not in legal:
+        raise ValueError(f"RHEOSERVE_CPU_VARIANT is {forced!r}, which cannot run here; legal: {', '.join(legal)}")
+    for name in [forced] if forced else legal:
+        failure = self_test(name)
+        if not failure:
+            return name
+        logger.warning("RheoServe: CPU variant %s is announced by the processor, but fails: %s", name, failure)
+    raise ValueError(f"no CPU variant passes its self-test; tried {forced or ', '.join(legal)}: {failure}")
+
+
+def self_test(variant: str) -> str:
+    """Try a variant in a child process, which alone dies of an instruction that a virtual machine only announces.
+
+    Returns:
+        what went wrong, "" if nothing did
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", SELF_TEST, variant]
+    try:
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SELF_TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {SELF_TEST_SECONDS} s"
+    if child.returncode < 0:
+        return f"killed by signal {-child.returncode}"
+    return "" if child.returncode == 0 else child.stderr.strip().rpartition("\n")[2] or f"exit {child.returncode}"
+
+
+def usable_threads() -> int:
+    """Processors this process may use: its affinity, cut by a cgroup CPU quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 quota
+    return count

@@ -1,0 +1,56 @@
+"""Choice of the kernel variant, and the self-test in a child process."""
+
+import signal
+import sys
+
+import pytest
+
+from rheoserve_sgl.ops import workers
+from rheoserve_sgl.ops.extension import extension
+from rheoserve_sgl.ops.workers import cpu_variant, self_test, worker_pool
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice():
+    for function in (worker_pool, cpu_variant):
+        function.cache_clear()
+    yield
+    for function in (worker_pool, cpu_variant):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("variant", extension().cpu_variants())
+def test_every_variant_of_this_machine_passes_its_self_test(variant):
+    assert self_test(variant) == ""
+
+
+def test_a_variant_that_kills_its_process_is_passed_over(monkeypatch, caplog):
+    best = extension().cpu_variants()[0]
+    illegal = f"import os, sys; sys.argv[1] == {best!r} and os.kill(os.getpid(), {int(signal.SIGILL)})"
+    monkeypatch.setattr(workers, "SELF_TEST", illegal)
+    assert worker_pool(1).variant == extension().cpu_variants()[1]
+    assert f"{best} is announced by the processor, but fails: killed by signal 4" in caplog.text
+
+
+def test_a_variant_with_wrong_results_is_named(monkeypatch):
+    monkeypatch.setattr(workers, "SELF_TEST", "raise SystemExit('computes 1 where the scalar one has 2')")
+    with pytest.raises(ValueError, match="no CPU variant passes its self-test.*computes 1"):
+        worker_pool(1)
+
+
+def test_a_child_without_the_extension_is_a_failure(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(workers, "SELF_TEST", "import rheoserve_sgl_is_not_here")
+    assert "ModuleNotFoundError" in self_test("scalar")
+
+
+def test_variant_override(monkeypatch):
+    assert worker_pool(1, "scalar").variant == "scalar"
+    with pytest.raises(ValueError, match="'sve' cannot run here; choices: .*scalar"):
+        worker_pool(1, "sve")
+    monkeypatch.setenv("RHEOSERVE_CPU_VARIANT", "scalar")
+    assert worker_pool(2).variant == "scalar"
+    monkeypatch.setenv("RHEOSERVE_CPU_VARIANT", "sve")
+    cpu_variant.cache_clear()
+    with pytest.raises(ValueError, match="RHEOSERVE_CPU_VARIANT is 'sve'.*legal: .*scalar"):
+        worker_pool(3)
