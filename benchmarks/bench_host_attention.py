@@ -2,9 +2,10 @@
 
 Decode attention over random 64-token blocks of a bf16 store that is several times the last-level cache, each
 KV head with a list of its own. "GB/s" counts every listed block once, however many query heads read it. The limit
-is a plain streaming read of the same store by the same threads, measured around each case in the same run. Beside
-it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last
-line of the output is one JSON document.
+is a plain streaming read of the same store by the same threads, measured around each case in the same run; a second
+limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic allows.
+Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
+output is one JSON document; draw_roofline.py makes a picture of it.
 
 Usage: python benchmarks/bench_host_attention.py [--quick] [--threads N ...] [--gib 4]
 """
@@ -28,7 +29,9 @@ from rheoserve_sgl.ops.workers import usable_threads, worker_pool
 KV_HEADS = 8
 BLOCK = 64
 PEER_BYTES = 128 << 20  # KV that a call of torch's and SGLang's attention reads
-REPEATS = 9
+CALLS = {1: 60, 8: 20}  # of a case, by batch: short calls need more of them for a steady median
+FEWEST_CALLS = 8
+CACHED_BLOCKS = 32
 
 
 def make_store(gib: float, dim: int) -> torch.Tensor:
@@ -46,11 +49,18 @@ def make_visits(store: torch.Tensor, batch: int, count: int) -> list[Visit]:
     full = torch.full((batch, KV_HEADS), BLOCK, dtype=torch.int32)
     visits = []
     ids = torch.randperm(len(store), dtype=torch.int32)
-    for repeat in range(REPEATS + 1):
+    for repeat in range(CALLS.get(batch, FEWEST_CALLS)):
         start = repeat * pairs * count % max(len(store) - pairs * count, 1)
         lists = ids[start : start + pairs * count].view(batch, KV_HEADS, count).contiguous()
         visits.append(Visit(lists, torch.full_like(full, count), full))
     return visits
+
+
+def make_cached_visits(batch: int, count: int) -> list[Visit]:
+    """Lists of the same few blocks."""
+    full = torch.full((batch, KV_HEADS), BLOCK, dtype=torch.int32)
+    lists = torch.randint(CACHED_BLOCKS, (batch, KV_HEADS, count), dtype=torch.int32)
+    return [Visit(lists, torch.full_like(full, count), full)] * FEWEST_CALLS
 
 
 def seconds(calls) -> float:
@@ -135,10 +145,13 @@ def main():
                 peers = peer_rates(store, group, threads)
                 for batch in args.batches if threads > 1 else args.batches[:1]:
                     before = stream_rate(store, threads)
-                    rates = {}
+                    rates, cached = {}, {}
                     for variant in args.variants:  # lists of its own: none reads what another left in a cache
                         visits = make_visits(store, batch, args.blocks)
                         rates[variant] = kernel_rate(store, visits, group, threads, variant)
+                        if batch == max(args.batches):
+                            few = make_cached_visits(batch, args.blocks)
+                            cached[variant] = kernel_rate(store, few, group, threads, variant)
                     limit = (before + stream_rate(store, threads)) / 2
                     rows.append(
                         {
@@ -147,8 +160,9 @@ def main():
                             "group": group,
                             "batch": batch,
                             "stream": limit,
-                            **rates,
-                            **peers,
+                            "kernels": rates,
+                            "cached": cached,
+                            "peers": peers,
                         }
                     )
                     shares = "  ".join(f"{v} {r / 1e9:5.1f} ({r / limit:4.0%})" for v, r in rates.items())
