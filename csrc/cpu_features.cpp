@@ -6,6 +6,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(RHEO_ARM64)
+#include <sys/auxv.h>
 #endif
 
 #include "isa/variants.h"
@@ -48,6 +50,8 @@ std::vector<const Variant*> runnable_variants() {
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
 #elif defined(RHEO_ARM64)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  if (getauxval(AT_HWCAP2) & kBf16) found.push_back(&kNeonBf16);
   found.push_back(&kNeon);
 #endif
   found.push_back(&kScalar);

@@ -1,6 +1,7 @@
 """Every environment variable that RheoServe reads. A bad value raises; nothing else reads `os.environ`.
 
-RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`amx`, `avx512_bf16`, `avx512`, `avx2`, `neon`, `scalar`)
+RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`amx`, `avx512_bf16`, `avx512`, `avx2`, `neon_bf16`,
+                                `neon`, `scalar`)
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
 
 SGLANG_USE_CPU_ENGINE           SGLang's: 1 asks for its own CPU engine, and our CPU platform steps aside
@@ -9,6 +10,7 @@ And one that it sets, unless it is set: OMP_WAIT_POLICY, where there is no accel
 """
 
 import os
+import sys
 
 
 def cpu_variant() -> str:
@@ -38,3 +40,8 @@ def quiet_openmp():
     them, both are slowed down (docs/LOG.md has the numbers).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def with_python_path() -> dict[str, str]:
+    """The environment for a child process that finds the same Python packages."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -35,7 +35,7 @@ def test_a_decode_step_equals_the_cpu(dtype, group):
     tail_len = torch.tensor([64, 1, 33], dtype=torch.int32)
     gate = make_gate("quest")
     quick = torch.randn(all_pages, kv_heads, gate.key_dim(dim))
-    q = torch.randn(3, kv_heads, group, dim)
+    q = torch.randn(3, kv_heads, group, dim).to(dtype).float()
     rule = Rule(Select.BUDGET, 1, 2, budget_pages=8)
 
     def step(device):
@@ -51,7 +51,8 @@ def test_a_decode_step_equals_the_cpu(dtype, group):
         for b in range(3):
             for h in range(kv_heads):
                 assert listed(visit, b, h) == listed(other, b, h)
-    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

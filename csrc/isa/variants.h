@@ -13,6 +13,7 @@ extern const Variant kAvx512Bf16;
 extern const Variant kAmx;
 #elif defined(RHEO_ARM64)
 extern const Variant kNeon;
+extern const Variant kNeonBf16;
 #endif
 
 }  // namespace rheo

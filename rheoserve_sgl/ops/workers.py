@@ -45,10 +45,9 @@ def self_test(variant: str) -> str:
     Returns:
         what went wrong, "" if nothing did
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", SELF_TEST, variant]
     try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SELF_TEST_SECONDS)
+        child = subprocess.run(command, env=environ.with_python_path(), capture_output=True, text=True, timeout=SELF_TEST_SECONDS)
     except subprocess.TimeoutExpired:
         return f"no answer in {SELF_TEST_SECONDS} s"
     if child.returncode < 0:

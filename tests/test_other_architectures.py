@@ -1,0 +1,30 @@
+"""What this processor cannot run is at least compiled, by a cross compiler that pip installs (zig's clang)."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+X86 = ("x86_64-linux-gnu", "RHEO_X86")
+ARM = ("aarch64-linux-gnu", "RHEO_ARM64")
+BUILDS = [
+    (*ARM, "isa/neon.cpp", "generic"),
+    (*ARM, "isa/neon_bf16.cpp", "generic+bf16"),
+    (*ARM, "cpu_features.cpp", "generic"),
+    (*X86, "isa/avx2.cpp", "x86_64+avx2+fma+f16c"),
+    (*X86, "isa/avx512.cpp", "x86_64+avx512f+avx2+fma+f16c"),
+    (*X86, "cpu_features.cpp", "x86_64"),
+]
+
+
+@pytest.mark.parametrize(("target", "define", "source", "cpu"), BUILDS)
+def test_it_compiles(target, define, source, cpu, tmp_path):
+    if target.startswith(platform.machine()):
+        pytest.skip("built and run here anyway")
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", target, f"-mcpu={cpu}", "-std=c++20", "-O1", "-Wall"]
+    command += [f"-D{define}", "-Werror=return-type", "-c", str(CSRC / source), "-o", str(tmp_path / "out.o")]
+    build = subprocess.run(command, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr[-5000:]
