@@ -11,17 +11,13 @@ def append(host, frames, frame_of, loc, k, v):
 
     Args:
         host: `[all_pages, kv_heads, 2, 64, head_dim]`, in host memory
-        frames: `[frames + 1, 2, 64, head_dim]`; the last row is for what is meant for no frame
+        frames: `[frames + 1, 2, 64, head_dim]`; the last row takes what is meant for no frame
         frame_of: `[all_pages, kv_heads]` int32, -1 where not resident
         loc: `[tokens]` int64, page * 64 + offset
         k, v: `[tokens, kv_heads, head_dim]` in the store's dtype
     """
-    if frames.device.type == "cpu":
-        append_cpu(host, frames, frame_of, loc, k, v)
-    else:
-        from rheoserve_sgl.ops.append_gpu import append_gpu  # needs Triton, which a machine without a GPU may lack
-
-        append_gpu(host, frames, frame_of, loc, k, v)
+    run = append_cpu if frames.device.type == "cpu" else append_torch
+    run(host, frames, frame_of, loc, k, v)
 
 
 def append_torch(host, frames, frame_of, loc, k, v):

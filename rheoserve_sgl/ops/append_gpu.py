@@ -1,4 +1,7 @@
-"""Write-through by one kernel: into frames, and over PCIe straight into the pinned host store."""
+"""Write-through by one kernel: into frames, and over PCIe straight into the pinned host store.
+
+Not in use yet: so far it ran under Triton's interpreter only.
+"""
 
 import triton
 import triton.language as tl

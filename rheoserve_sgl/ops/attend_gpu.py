@@ -2,6 +2,8 @@
 
 Static shapes and no synchronisation, so it can be captured in a CUDA graph; a program whose part of a list
 is empty ends at once. The split-KV scheme is that of Flash-Decoding (Dao et al., 2023).
+
+Not in use yet: so far it ran under Triton's interpreter only.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Attention of one query position over listed blocks, with its log-sum-exp.
 
 The same op serves both tiers: a block is `[2, 64, head_dim]` whether it lies in a frame or in the host
-store. `attend_torch` is the documentation and the oracle; `attend_cpu` is the C++ kernel, attend_gpu.py has the
-Triton one; `attend_tiers` is what a decode step calls.
+store. `attend_torch` is the documentation, the oracle, and what runs on a GPU's frames for now (attend_gpu.py
+will); `attend_cpu` is the C++ kernel; `attend_tiers` is what a decode step calls.
 """
 
 import torch
@@ -116,10 +116,8 @@ def attend_tiers(q: torch.Tensor, frames: torch.Tensor, host: torch.Tensor, plan
     """
     if frames.device.type == "cpu":
         return attend_cpu(q, ((frames, plan.device), (host, plan.host)), scale, threads)[0]
-    from rheoserve_sgl.ops.attend_gpu import attend_gpu  # needs Triton, which a machine without a GPU may lack
-
     visit = Visit(plan.host.blocks.cpu(), plan.host.count.cpu(), plan.host.last_len.cpu())
     queries = q.cpu()
-    on_device = attend_gpu(q, frames, plan.device, scale)  # runs beside the CPU's part
+    on_device = attend_torch(q, frames, plan.device, scale)
     on_host = attend_cpu(queries, ((host, visit),), scale, threads)
     return merge_torch(*on_device, *(part.to(q.device) for part in on_host))[0]

@@ -47,7 +47,9 @@ def self_test(variant: str) -> str:
     """
     command = [sys.executable, "-c", SELF_TEST, variant]
     try:
-        child = subprocess.run(command, env=environ.with_python_path(), capture_output=True, text=True, timeout=SELF_TEST_SECONDS)
+        child = subprocess.run(
+            command, env=environ.with_python_path(), capture_output=True, text=True, timeout=SELF_TEST_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return f"no answer in {SELF_TEST_SECONDS} s"
     if child.returncode < 0:
