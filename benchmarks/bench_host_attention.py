@@ -143,13 +143,14 @@ def main():
         for threads in dict.fromkeys(args.threads):
             for group in args.groups:
                 peers = peer_rates(store, group, threads)
-                for batch in args.batches if threads > 1 else args.batches[:1]:
+                batches = args.batches if threads > 1 else args.batches[:1]
+                for batch in batches:
                     before = stream_rate(store, threads)
                     rates, cached = {}, {}
                     for variant in args.variants:  # lists of its own: none reads what another left in a cache
                         visits = make_visits(store, batch, args.blocks)
                         rates[variant] = kernel_rate(store, visits, group, threads, variant)
-                        if batch == max(args.batches):
+                        if batch == max(batches):
                             few = make_cached_visits(batch, args.blocks)
                             cached[variant] = kernel_rate(store, few, group, threads, variant)
                     limit = (before + stream_rate(store, threads)) / 2

@@ -116,7 +116,8 @@ class Workers {
 };
 
 std::unique_ptr<rheo::Doorbell> make_doorbell(const std::vector<AttentionTuple>& attentions, uintptr_t batch, uintptr_t bell,
-                                              int threads, const std::string& variant, const std::vector<int>& cpus) {
+                                              int threads, const std::string& variant, const std::vector<int>& cpus,
+                                              const py::object&) {
   std::vector<rheo::AttendArgs> all;
   for (const AttentionTuple& attention : attentions) all.push_back(attend_args(attention));
   require(bell % alignof(rheo::Bell) == 0, "bell is not at a multiple of 64 bytes");
@@ -230,7 +231,8 @@ PYBIND11_MODULE(_C, m) {
       .def("attend", &Workers::attend, "Attention over listed blocks.", py::arg("attention"));
   py::class_<rheo::Doorbell>(m, "Doorbell", "A worker pool that is asked through memory.")
       .def(py::init(&make_doorbell), py::arg("attentions"), py::arg("batch"), py::arg("bell"), py::arg("threads"),
-           py::arg("variant"), py::arg("cpus"), py::call_guard<py::gil_scoped_release>())
+           py::arg("variant"), py::arg("cpus"), py::arg("memory"),
+           py::keep_alive<1, 8>())  // `memory` lives until the threads have ended
       .def("expect", &rheo::Doorbell::expect, "Requests that will come.", py::arg("count"))
       .def("failure", &rheo::Doorbell::failure, "The first failure, or an empty string.");
   m.attr("BELL_BYTES") = sizeof(rheo::Bell);

@@ -79,8 +79,11 @@ void Doorbell::answer(uint64_t number) {
     attend(args, variant_, pool_, workspace_);
   } catch (const std::exception& error) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (failure_.empty()) failure_ = "request " + std::to_string(number) + ": " + error.what();
-    bell_->failed.store(number, std::memory_order_release);
+    if (failure_.empty()) {
+      const uint64_t layer = (number - 1) % attentions_.size();
+      failure_ = "layer " + std::to_string(layer) + ", request " + std::to_string(number) + ": " + error.what();
+      bell_->failed.store(number, std::memory_order_release);
+    }
   }
   bell_->answered.store(number, std::memory_order_release);
 }

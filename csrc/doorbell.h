@@ -15,7 +15,7 @@ namespace rheo {
 
 // Request n (1, 2, 3, ...) is for attention number (n - 1) modulo how many there are: the layers of a step in turn.
 // Whoever asks fills what the attention points to, then writes n to `asked`, with no request still unanswered; the
-// results are there when `answered` is n. A request that fails is answered too, and `failed` is its number.
+// results are there when `answered` is n. A request that fails is answered too; `failed` is the number of the first.
 struct Bell {
   alignas(64) std::atomic<uint64_t> asked;
   alignas(64) std::atomic<uint64_t> answered;

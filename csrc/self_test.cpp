@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kBlocks = 5, kPairs = 2, kList = 3, kDim = 80;  // 80: the tiles' cut step too
 
-// Numbers of both signs in [1/8, 1), in any of the dtypes: a linear congruential generator's bits.
+// Numbers of both signs in [1/8, 1/2), in any of the dtypes: a linear congruential generator's bits.
 std::vector<char> random_numbers(DType dtype, size_t count) {
   std::vector<char> bytes(count * 4);
   uint32_t seed = 1;

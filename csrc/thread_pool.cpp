@@ -82,16 +82,19 @@ void ThreadPool::work() {
     const uint32_t epoch = epoch_.load(std::memory_order_acquire);
     if (stop_.load()) return;
     drain();
-    for (int polls = 0; epoch_.load(std::memory_order_relaxed) == epoch; ++polls) {
-      if (polls >= kIdlePolls && !polling_.load(std::memory_order_relaxed)) break;
-      relax();
+    for (int polls = 0; epoch_.load(std::memory_order_relaxed) == epoch; relax()) {
+      if (polls < kIdlePolls) ++polls;
+      else if (!polling_.load(std::memory_order_relaxed)) break;
     }
     epoch_.wait(epoch, std::memory_order_acquire);
   }
 }
 
 ThreadPool::Ticket ThreadPool::draw() {
-  const uint64_t ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
+  uint64_t ticket = tickets_.load(std::memory_order_relaxed);
+  // Not drawing where there is nothing keeps the index within its field, however often threads look.
+  if ((ticket & kField) >= (ticket >> kCountShift & kField)) return {-1, 0};
+  ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
   const int count = static_cast<int>(ticket >> kCountShift & kField), index = static_cast<int>(ticket & kField);
   return {index < count ? index : -1, count};
 }

@@ -14,7 +14,7 @@ import sys
 
 
 def cpu_variant() -> str:
-    """The forced kernel variant, or "" for the best that runs here (checked by the extension)."""
+    """The forced kernel variant, or "" for the best that runs here (checked by ops/workers.py)."""
     return os.environ.get("RHEOSERVE_CPU_VARIANT", "")
 
 

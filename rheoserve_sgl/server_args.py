@@ -73,7 +73,7 @@ class RheoServerArgs(ServerArgs):
     ] = 16
     rheoserve_host_threads: Annotated[
         int | None,
-        "RheoServe: threads of the CPU attention kernel (default: the processors this process may use, shared "
+        "RheoServe: threads of the CPU kernels (default: the processors this process may use, shared "
         "between tensor-parallel ranks).",
         NS("memory"),
     ] = None

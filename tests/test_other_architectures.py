@@ -1,4 +1,4 @@
-"""What this processor cannot run is at least compiled, by a cross compiler that pip installs (zig's clang)."""
+"""What only another processor can run is at least compiled, by a cross compiler that pip installs (zig's clang)."""
 
 import platform
 import subprocess
@@ -14,8 +14,11 @@ BUILDS = [
     (*ARM, "isa/neon.cpp", "generic"),
     (*ARM, "isa/neon_bf16.cpp", "generic+bf16"),
     (*ARM, "cpu_features.cpp", "generic"),
+    (*ARM, "thread_pool.cpp", "generic"),
     (*X86, "isa/avx2.cpp", "x86_64+avx2+fma+f16c"),
     (*X86, "isa/avx512.cpp", "x86_64+avx512f+avx2+fma+f16c"),
+    (*X86, "isa/avx512_bf16.cpp", "x86_64+avx512f+avx512bw+avx512vl+avx512bf16+avx2+fma+f16c"),
+    (*X86, "isa/amx.cpp", "x86_64+avx512f+avx512bw+avx512vl+avx512bf16+amx_tile+amx_bf16+avx2+fma+f16c"),
     (*X86, "cpu_features.cpp", "x86_64"),
 ]
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
 def test_random_work_is_clean(sanitizers, tmp_path):
-    configure = [
-        "cmake",
-        "-S",
-        ROOT / "csrc",
-        "-B",
-        tmp_path,
-        f"-DRHEO_SANITIZE={sanitizers}",
-        "-DCMAKE_BUILD_TYPE=None",
-    ]
-    for command in (configure, ["cmake", "--build", tmp_path, "--parallel", str(os.cpu_count())]):
+    options = [f"-DRHEO_SANITIZE={sanitizers}", "-DCMAKE_BUILD_TYPE=None"]
+    configure = ["-S", ROOT / "csrc", "-B", tmp_path, *options]
+    for arguments in (configure, ["--build", tmp_path, "--parallel", str(os.cpu_count())]):
+        command = [sys.executable, "-m", "cmake", *arguments]
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stdout + built.stderr
     for seed in ("1", "2"):

@@ -11,12 +11,11 @@ from rheoserve_sgl.ops.workers import cpu_variant, self_test, worker_pool
 
 
 @pytest.fixture(autouse=True)
-def fresh_choice():
-    for function in (worker_pool, cpu_variant):
-        function.cache_clear()
+def fresh_choice(monkeypatch):
+    monkeypatch.delenv("RHEOSERVE_CPU_VARIANT", raising=False)
+    cpu_variant.cache_clear()
     yield
-    for function in (worker_pool, cpu_variant):
-        function.cache_clear()
+    cpu_variant.cache_clear()
 
 
 @pytest.mark.parametrize("variant", extension().cpu_variants())
@@ -38,10 +37,17 @@ def test_a_variant_with_wrong_results_is_named(monkeypatch):
         worker_pool(1)
 
 
-def test_a_child_without_the_extension_is_a_failure(monkeypatch):
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(workers, "SELF_TEST", "import rheoserve_sgl_is_not_here")
+def test_a_child_that_cannot_import_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "SELF_TEST", "import only_here")
     assert "ModuleNotFoundError" in self_test("scalar")
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert self_test("scalar") == ""  # it finds what this process finds
+
+
+def test_one_pool_whatever_its_variant_is_called():
+    assert worker_pool(2) is worker_pool(2, "") is worker_pool(2, cpu_variant())
+    assert worker_pool(2) is not worker_pool(3)
 
 
 def test_variant_override(monkeypatch):
@@ -49,6 +55,7 @@ def test_variant_override(monkeypatch):
     with pytest.raises(ValueError, match="'sve' cannot run here; choices: .*scalar"):
         worker_pool(1, "sve")
     monkeypatch.setenv("RHEOSERVE_CPU_VARIANT", "scalar")
+    cpu_variant.cache_clear()
     assert worker_pool(2).variant == "scalar"
     monkeypatch.setenv("RHEOSERVE_CPU_VARIANT", "sve")
     cpu_variant.cache_clear()

@@ -27,7 +27,7 @@ class MmlaLogits {
         const uint16_t second = left == left ? round_to_bf16(left) : 0;
         at(0, h, j) = first;
         at(1, h, j) = second;
-        if (second << 1 != 0) terms_ = 2;
+        if ((second & 0x7fff) != 0) terms_ = 2;
       }
   }
 

@@ -46,7 +46,7 @@ def pin_all(owner, tensors: list[torch.Tensor], threads: int):
     pinned memory is rounded up to a power of two.)
 
     Raises:
-        torch.AcceleratorError: the driver's refusal, for example for want of memory
+        torch.cuda.CudaError: the driver's refusal, for example for want of memory
     """
     began = reported = time.perf_counter()
     cudart = torch.cuda.cudart()
@@ -66,4 +66,6 @@ def pin_all(owner, tensors: list[torch.Tensor], threads: int):
 
 def _unpin(addresses: list[int]):
     for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        error = int(torch.cuda.cudart().cudaHostUnregister(address))
+        if error:
+            logger.warning("RheoServe: cudaHostUnregister of %#x failed with error %d", address, error)

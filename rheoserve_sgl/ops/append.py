@@ -31,12 +31,17 @@ def append_torch(host, frames, frame_of, loc, k, v):
     host[page, :, 1, offset] = v.cpu()
 
 
+def check_rows(host, k, v):
+    """Raise ValueError unless k and v are alike, of the store's dtype, with contiguous `[kv_heads, head_dim]`."""
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != host.dtype or tensor.shape != k.shape or tensor.stride()[1:] != (k.shape[-1], 1):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}")
+
+
 def append_cpu(host, frames, frame_of, loc, k, v):
     tokens, kv_heads, dim = k.shape
     itemsize = host.element_size()
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != host.dtype or tensor.shape != (tokens, kv_heads, dim) or tensor.stride()[1:] != (dim, 1):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}")
+    check_rows(host, k, v)
     extension().append(
         address(host, host.dtype, (len(host), kv_heads, 2, PAGE_TOKENS, dim), "host"),
         address(frames, host.dtype, (len(frames), 2, PAGE_TOKENS, dim), "frames"),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.append import check_rows
 
 
 @triton.jit
@@ -41,9 +42,7 @@ def append_gpu(host, frames, frame_of, loc, k, v):
         k, v: rows of `[kv_heads, head_dim]` contiguous
     """
     tokens, kv_heads, dim = k.shape
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != host.dtype or tensor.shape != (tokens, kv_heads, dim) or tensor.stride()[1:] != (dim, 1):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}")
+    check_rows(host, k, v)
     if tokens == 0:
         return
     _append[(tokens, kv_heads)](

@@ -19,7 +19,7 @@ class Exchange:
     out, lse: `[batch, kv_heads, group, head_dim]`, `[batch, kv_heads, group]` float32, the answer
     batch: `[1]` int32, how many of the rows are in use
     bell: `[3, 8]` int64: the first of each row is the number of the last request, of the last answer, and of the
-        last request that failed
+        first request that failed
     """
 
     q: torch.Tensor
@@ -58,8 +58,6 @@ class Doorbell:
     """
 
     def __init__(self, exchange: Exchange, layers: list[torch.Tensor], scale: float, threads: int, cpus=()):
-        self.exchange = exchange
-        self._layers = layers  # kept alive: the threads have their addresses
         arguments = [
             attention_arguments(exchange.q, ((blocks, exchange.visit),), exchange.out, exchange.lse, scale)
             for blocks in layers
@@ -71,20 +69,16 @@ class Doorbell:
             threads,
             cpu_variant(),
             list(cpus),
+            (exchange, layers),
         )
+        self.exchange = exchange
 
     def expect(self, requests: int):
         """Say that so many more requests will come; the threads poll for these and sleep at other times."""
         self._threads.expect(requests)
 
     def check(self):
-        """Raise RuntimeError if a request failed, with the layer and the reason."""
+        """Raise RuntimeError if a request failed, with the layer and the reason of the first."""
         failure = self._threads.failure()
         if failure:
-            raise RuntimeError(f"CPU attention failed in layer {self.failed_layer}: {failure}")
-
-    @property
-    def failed_layer(self) -> int:
-        """Layer of the last request that failed; -1 if none did."""
-        number = int(self.exchange.bell[2, 0])
-        return (number - 1) % len(self._layers) if number else -1
+            raise RuntimeError(f"CPU attention failed in {failure}")

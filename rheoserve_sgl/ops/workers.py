@@ -1,4 +1,4 @@
-"""The CPU attention's worker pool: how many threads, and which kernel variant they run."""
+"""The worker pool of the CPU kernels: how many threads, and which attention variant they run."""
 
 import functools
 import logging
@@ -14,19 +14,27 @@ SELF_TEST_SECONDS = 60
 SELF_TEST = "import sys; from rheoserve_sgl import _C; _C.self_test(sys.argv[1])"
 
 
-@functools.lru_cache(maxsize=8)
 def worker_pool(threads: int, variant: str = ""):
-    """The process's worker pool of this size, with the kernel variant chosen once.
+    """The process's one worker pool of this size and variant; "" for `cpu_variant`.
 
     Raises:
-        ValueError: a variant (argument or RHEOSERVE_CPU_VARIANT) that cannot run here, or fails its self-test
+        ValueError: a variant that cannot run here
     """
-    return extension().Workers(threads, variant or cpu_variant())
+    return _pool(threads, variant or cpu_variant())
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(threads: int, variant: str):
+    return extension().Workers(threads, variant)
 
 
 @functools.cache
 def cpu_variant() -> str:
-    """The kernel variant of CPU attention in this process: the forced one, or the best that passes its self-test."""
+    """The kernel variant of CPU attention in this process: the forced one, or the best that passes its self-test.
+
+    Raises:
+        ValueError: RHEOSERVE_CPU_VARIANT names one that cannot run here, or fails its self-test
+    """
     forced = environ.cpu_variant()
     legal = extension().cpu_variants()
     if forced and forced not in legal:

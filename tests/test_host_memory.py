@@ -1,0 +1,38 @@
+"""Memory of the host store."""
+
+import gc
+
+import pytest
+import torch
+
+from rheoserve_sgl.cache.host_memory import HUGE_PAGE, zeroed
+from rheoserve_sgl.cache.host_store import HostStore
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (1 << 20, 3)])
+def test_zeroed_memory_is_aligned_and_lives_as_long_as_its_views(dtype, shape):
+    tensor = zeroed(shape, dtype)
+    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    assert tensor.data_ptr() % HUGE_PAGE == 0
+    assert not tensor.any()
+    view = tensor.flatten()[-1:]
+    view.fill_(3)
+    del tensor
+    gc.collect()
+    assert float(view) == 3.0
+
+
+@pytest.mark.gpu
+def test_a_pinned_store_is_pinned_until_it_goes():
+    store = HostStore(2, 40, 2, 64, torch.bfloat16, pin=True, threads=2)
+    layer = store.layers[0]
+    assert layer.is_pinned() and not layer.any()
+    there = torch.empty_like(layer, device="cuda")
+    layer.fill_(2)
+    there.copy_(layer, non_blocking=True)
+    torch.cuda.synchronize()
+    assert bool((there == 2).all())
+    del store
+    gc.collect()
+    assert not layer.is_pinned()
