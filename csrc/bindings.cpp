@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "append.h"
+#include "attn_gate.h"
 #include "block_attention.h"
 #include "cpu_features.h"
 #include "doorbell.h"
@@ -181,10 +182,14 @@ void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc,
   rheo::append(args);
 }
 
+void check_dim(int dim) {
+  require(dim >= 1 && dim <= rheo::kMaxDim, "dim is " + std::to_string(dim) + "; legal: 1 to 256");
+}
+
 void pool_keys(Workers& workers, int pooling, uintptr_t host, int dtype, uintptr_t pages, uintptr_t filled, uintptr_t quick, int64_t count,
                int64_t all_pages, int kv_heads, int dim) {
   require(pooling == 0 || pooling == 1, "pooling is " + std::to_string(pooling) + "; legal: 0 max and min, 1 mean");
-  require(dim >= 1 && dim <= rheo::kMaxDim, "dim is " + std::to_string(dim) + "; legal: 1 to 256");
+  check_dim(dim);
   const rheo::DType kv_dtype = dtype_of(dtype);
   if (count == 0) return;
   const rheo::PoolKeysArgs args{pointer<const void>(host, "host"), pointer<const int64_t>(pages, "pages"),
@@ -192,6 +197,47 @@ void pool_keys(Workers& workers, int pooling, uintptr_t host, int dtype, uintptr
                                 count, all_pages, kv_heads, dim, kv_dtype};
   py::gil_scoped_release release;
   rheo::pool_keys(static_cast<rheo::Pooling>(pooling), args, workers.pool());
+}
+
+// (weights, norm, rope, inputs, gate_dim, positions); 0 for what is left out
+using ProjectionTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, int, int64_t>;
+
+rheo::Projection projection_of(const ProjectionTuple& projection) {
+  const auto& [weights, norm, rope, inputs, gate_dim, positions] = projection;
+  require(gate_dim >= 16 && gate_dim <= rheo::kMaxGateDim && gate_dim % 16 == 0,
+          "gate_dim is " + std::to_string(gate_dim) + "; legal: multiples of 16 up to 256");
+  return {reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(norm),
+          reinterpret_cast<const float*>(rope), inputs, gate_dim, positions};
+}
+
+// indices: pages, token, requests, at [count] int64; fills: before, filled [count] int32
+void gate_keys(Workers& workers, const ProjectionTuple& projection, uintptr_t plain, const std::array<uintptr_t, 4>& indices,
+               const std::array<uintptr_t, 2>& fills, uintptr_t running, uintptr_t quick, int64_t tokens, int64_t count,
+               int64_t slots, int64_t all_pages, int kv_heads, int dim, int parts) {
+  const rheo::Projection p = projection_of(projection);
+  check_dim(dim);
+  require(parts >= 1 && parts <= 7, "parts is " + std::to_string(parts) + "; legal: 1 to 7");
+  require(p.weights != nullptr && p.inputs == dim * __builtin_popcount(parts), "the weights do not fit the pooled keys");
+  if (count == 0) return;
+  const rheo::GateKeysArgs args{pointer<const float>(plain, "plain"), pointer<const int64_t>(indices[0], "pages"),
+                                pointer<const int64_t>(indices[1], "token"), pointer<const int64_t>(indices[2], "requests"),
+                                pointer<const int64_t>(indices[3], "at"), pointer<const int32_t>(fills[0], "before"),
+                                pointer<const int32_t>(fills[1], "filled"), pointer<float>(running, "running"),
+                                pointer<float>(quick, "quick"), tokens, count, slots, all_pages, kv_heads, dim, parts};
+  py::gil_scoped_release release;
+  rheo::gate_keys(p, args, workers.pool());
+}
+
+void gate_queries(Workers& workers, const ProjectionTuple& projection, uintptr_t plain, uintptr_t positions, uintptr_t out,
+                  int batch, int kv_heads, int group, int dim) {
+  const rheo::Projection p = projection_of(projection);
+  check_dim(dim);
+  require(p.weights == nullptr ? p.gate_dim == dim : p.inputs == dim || p.inputs == group * dim,
+          "the weights do not fit the queries");
+  if (batch == 0) return;
+  py::gil_scoped_release release;
+  rheo::gate_queries(p, pointer<const float>(plain, "plain"), pointer<const int64_t>(positions, "positions"),
+                     pointer<float>(out, "out"), batch, kv_heads, group, dim, workers.pool());
 }
 
 std::vector<std::string> cpu_variants() {
@@ -224,6 +270,8 @@ PYBIND11_MODULE(_C, m) {
       .def("score", &score, "Gate scores over a page table.")
       .def("record", &record, "Accumulates gate scores into the importance of blocks.")
       .def("pool_keys", &pool_keys, "Gate keys of pages, pooled from their stored K.")
+      .def("gate_keys", &gate_keys, "Keys of the learned gate for pages that tokens were written to.")
+      .def("gate_queries", &gate_queries, "Queries of the learned gate.")
       .def("stream_read", &Workers::stream_read, py::arg("data"), py::arg("bytes"),
            "Reads memory on all threads, and sums it: the rate that attention is measured against.")
       .def("touch", &Workers::touch, py::arg("data"), py::arg("bytes"),

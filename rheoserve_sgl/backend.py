@@ -1,6 +1,7 @@
 """The attention backend: one layer's way through both tiers, in reading order."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -12,10 +13,11 @@ from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention
-from rheoserve_sgl.ops.score import score
 from rheoserve_sgl.ops.workers import worker_pool
 from rheoserve_sgl.refusals import refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
+from rheoserve_sgl.runtime.writes import Writes
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,16 @@ class RheoAttnBackend(AttentionBackend):
             )
         self.coordinator = self.token_to_kv_pool.coordinator
         self.config = self.token_to_kv_pool.config
-        self.rule = decode_rule(self.config)
+        rule = decode_rule(self.config)
+        self.selects = rule.needs_scores
+        self.rules = [
+            replace(rule, select=Select.ALL) if index < self.config.dense_layers else rule
+            for index in range(self.token_to_kv_pool.layer_num)
+        ]
         self.threads = self.token_to_kv_pool.threads
+        self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
+        self.writes: Writes | None = None
         logger.info("RheoServe: CPU attention by %s on %d threads", worker_pool(self.threads).variant, self.threads)
 
     def init_forward_metadata(self, forward_batch):
@@ -56,8 +65,11 @@ class RheoAttnBackend(AttentionBackend):
             self.config.window_pages,
         )
         if forward_batch.forward_mode.is_decode():
+            self.writes = Writes.of_decode(self.batch, rotate_last=self.config.gate_rope == "last")
             self.coordinator.begin_decode(self.batch)
         else:
+            lengths = forward_batch.extend_seq_lens_cpu
+            self.writes = Writes.of_extend(self.batch, forward_batch.extend_prefix_lens_cpu, lengths)
             self.coordinator.settle()
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
@@ -66,12 +78,13 @@ class RheoAttnBackend(AttentionBackend):
         self._store(layer, forward_batch, k, v, save_kv_cache, kwargs)
         heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
         scores = None
-        if self.rule.needs_scores:
-            pool.refresh_quick_keys(index, batch.newest, batch.tail_len)
-            scores = self._score(index, heads, layer.scaling)
+        if self.selects:
+            tapped = self.taps and self.taps.of_layer(layer.layer_id)
+            pool.gate.refresh(pool, index, self.writes, tapped)
+            scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
             self.coordinator.record(index, batch, scores, fresh=False)
         frame_of = pool.residency.frame_of[index]
-        steps = plan(self.rule, scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads)
+        steps = plan(self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads)
         self.coordinator.count_visits(steps)
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
@@ -93,8 +106,8 @@ class RheoAttnBackend(AttentionBackend):
                 prefix = self._gather_prefix(index, batch.pages[row], before)
                 out[tokens] = prefill_attention(q[tokens], k[tokens], v[tokens], prefix, layer.scaling)
             start += new
-        if save_kv_cache and self.rule.needs_scores:
-            self._summarise(index, batch, prefixes, lengths, q, layer)
+        if save_kv_cache and self.selects:
+            self._summarise(index, q, lengths, layer)
         return out.view(len(out), -1)
 
     def _store(self, layer, forward_batch, k, v, save_kv_cache, extras: dict):
@@ -106,12 +119,6 @@ class RheoAttnBackend(AttentionBackend):
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
-    def _score(self, index: int, heads: torch.Tensor, scale: float) -> torch.Tensor:
-        """Gate scores of queries `[batch, kv_heads, group, head_dim]` over the batch's pages."""
-        quick, batch = self.token_to_kv_pool.quick, self.batch
-        gate_q = quick.gate.query(heads)
-        return score(gate_q, quick.layers[index], batch.pages, batch.n_pages, scale, self.threads)
-
     def _gather_prefix(self, index: int, pages: torch.Tensor, tokens: int):
         """K and V of a request's first tokens, `[2, kv_heads, tokens, head_dim]`, or None."""
         if tokens == 0:
@@ -120,21 +127,25 @@ class RheoAttnBackend(AttentionBackend):
         prefix = self.token_to_kv_pool.host.gather(index, pages[:needed].cpu())
         return prefix[:, :, :tokens].to(self.token_to_kv_pool.device)
 
-    def _summarise(self, index: int, batch: Batch, prefixes, lengths, q, layer):
+    def _summarise(self, index: int, q: torch.Tensor, lengths: list[int], layer):
         """Gate keys of the pages that were written, and a first importance from each last query."""
-        pool = self.token_to_kv_pool
-        device = batch.pages.device
-        prefixes = torch.tensor(prefixes, device=device)
-        lengths = torch.tensor(lengths, device=device)
-        seq_lens = prefixes + lengths
-        at = torch.arange(batch.pages.shape[1], device=device)
-        written = batch.valid & (at >= (prefixes // PAGE_TOKENS)[:, None]) & (lengths > 0)[:, None]
-        filled = (seq_lens[:, None] - at * PAGE_TOKENS).clamp(max=PAGE_TOKENS)
-        pool.refresh_quick_keys(index, batch.pages[written], filled[written])
+        pool, batch = self.token_to_kv_pool, self.batch
+        tapped = self.taps and self.taps.of_layer(layer.layer_id)
+        pool.gate.refresh(pool, index, self.writes, tapped)
         if self.config.mode == "balanced":
-            last = (torch.cumsum(lengths, 0) - 1).clamp(min=0)
+            last = (torch.tensor(lengths, device=q.device).cumsum(0) - 1).clamp(min=0)
             heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
-            self.coordinator.record(index, batch, self._score(index, heads, layer.scaling), fresh=True)
+            scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(last))
+            self.coordinator.record(index, batch, scores, fresh=True)
+
+    def _tap(self, model) -> RopeTaps | None:
+        """See queries and keys before RoPE, if the gate works on those."""
+        pool = self.token_to_kv_pool
+        if not pool.gate.needs_taps:
+            return None
+        taps = RopeTaps(model)
+        pool.gate.prepare(rope_table(taps.rotary), len(self.req_to_token_pool.req_to_token), pool.head_dim)
+        return taps
 
 
 def decode_rule(config) -> Rule:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from rheoserve_sgl import PAGE_TOKENS
 
 MODES = ("balanced", "retrieval", "window", "full")
-SELECTORS = ("quest", "mean")
+SELECTORS = ("auto", "seer", "quest", "mean", "oracle")
+GATE_ROPE = ("first", "last")
 DEVICE_ATTENTION = ("resident", "selected")
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_HOST_RATIO = 4.0
@@ -21,7 +22,10 @@ class RheoConfig:
     """
 
     mode: str = "balanced"
-    selector: str = "quest"
+    selector: str = "auto"  # "seer" with gate_path, else "quest"
+    gate_path: str | None = None
+    gate_rope: str = "first"
+    dense_layers: int | None = None  # None: what the learned gate was made with, or 0
     token_budget: int | None = None  # None: DEFAULT_TOKEN_BUDGET, or unused under a threshold
     threshold: float | None = None
     device_tokens: int | None = None  # None: what SGLang's memory profiling yields
@@ -36,6 +40,12 @@ class RheoConfig:
     def __post_init__(self):
         self._choice("mode", MODES)
         self._choice("selector", SELECTORS)
+        if self.selector == "seer" and self.gate_path is None:
+            self._refuse("selector", f"seer with {flag('gate_path')}; without weights quest or mean")
+        if self.selector == "auto":
+            object.__setattr__(self, "selector", "quest" if self.gate_path is None else "seer")
+        self._choice("gate_rope", GATE_ROPE)
+        self._at_least("dense_layers", 0)
         self._choice("device_attention", DEVICE_ATTENTION)
         self._pages("sink_tokens", at_least=PAGE_TOKENS)
         self._pages("window_tokens", at_least=0)

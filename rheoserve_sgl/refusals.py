@@ -89,6 +89,30 @@ def refuse_model(model_config):
         )
 
 
+def refuse_gate(server_args, model_config):
+    """Raise ValueError for gate weights that do not fit the model, or more dense layers than it has."""
+    shape = model_shape(model_config)
+    if server_args.rheoserve_gate_path is not None:
+        from rheoserve_sgl.gate.checkpoint import read_gate
+
+        read_gate(server_args.rheoserve_gate_path, shape)
+    dense = server_args.rheoserve_dense_layers
+    if dense is not None and dense > shape.layers:
+        raise ValueError(f"--rheoserve-dense-layers is {dense}; legal: 0 to {shape.layers}, the model's layers")
+
+
+def model_shape(model_config):
+    """What gates depend on, of SGLang's ModelConfig."""
+    from rheoserve_sgl.gate.checkpoint import ModelShape
+
+    return ModelShape(
+        layers=model_config.num_hidden_layers,
+        heads=model_config.num_attention_heads,
+        kv_heads=model_config.get_total_num_kv_heads(),
+        head_dim=model_config.head_dim,
+    )
+
+
 def refuse_layers(model):
     """Raise ValueError for an attention layer with a feature that the kernels lack.
 

@@ -13,8 +13,8 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS, environ
-from rheoserve_sgl.config import DEVICE_ATTENTION, MODES, SELECTORS, RheoConfig
-from rheoserve_sgl.refusals import refuse_flags, refuse_model
+from rheoserve_sgl.config import DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
+from rheoserve_sgl.refusals import refuse_flags, refuse_gate, refuse_model
 
 
 @dataclasses.dataclass
@@ -33,9 +33,34 @@ class RheoServerArgs(ServerArgs):
     ] = "balanced"
     rheoserve_selector: Annotated[
         str,
-        Arg(help="RheoServe: the gate that scores blocks of the quick K cache.", choices=list(SELECTORS)),
+        Arg(
+            help="RheoServe: the gate that scores blocks of the quick K cache. 'seer': a learned AttnGate; 'quest' and "
+            "'mean' need no weights; 'oracle': the attention itself, slow, for accuracy studies; 'auto': seer with "
+            "--rheoserve-gate-path, else quest.",
+            choices=list(SELECTORS),
+        ),
         NS("memory"),
-    ] = "quest"
+    ] = "auto"
+    rheoserve_gate_path: Annotated[
+        str | None,
+        "RheoServe: folder of a learned gate (SeerAttention-R's published format, or what "
+        "`python -m rheoserve_sgl.gate.distill` writes).",
+        NS("memory"),
+    ] = None
+    rheoserve_gate_rope: Annotated[
+        str,
+        Arg(
+            help="RheoServe: where a learned gate's key is rotated: at its block's 'first' token, as in training, or, "
+            "for blocks completed while decoding, at the 'last', as SeerAttention's published code does.",
+            choices=list(GATE_ROPE),
+        ),
+        NS("memory"),
+    ] = "first"
+    rheoserve_dense_layers: Annotated[
+        int | None,
+        "RheoServe: the first layers, this many, attend to all blocks (default: what the learned gate says, or 0).",
+        NS("memory"),
+    ] = None
     rheoserve_token_budget: Annotated[
         int | None,
         "RheoServe: tokens selected per KV head per step, sink and window included (default 4096).",
@@ -97,6 +122,7 @@ class RheoServerArgs(ServerArgs):
         super().__post_init__()
         if self.model_path.lower() not in ("none", "dummy"):
             refuse_model(self.get_model_config())
+            refuse_gate(self, self.get_model_config())
 
     def _apply_defaults(self):
         if self.page_size is None:

@@ -6,6 +6,8 @@ from rheoserve_sgl.cache.allocator import TwoTierAllocator
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.coordinator.coordinator import Coordinator
+from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.ops.pool_keys import pool_keys
 
 LAYERS, HEADS, DIM = 2, 2, 64
 
@@ -16,6 +18,7 @@ def make_pool(tokens: int, device_tokens: int, device: str = "cpu", dtype=torch.
     pool = TwoTierKVPool(
         tokens,
         config=config,
+        gate=make_gate(config.selector),
         dtype=dtype,
         head_num=HEADS,
         head_dim=DIM,
@@ -29,3 +32,9 @@ def make_pool(tokens: int, device_tokens: int, device: str = "cpu", dtype=torch.
     pool.coordinator = Coordinator(pool)
     allocator = TwoTierAllocator(tokens, page_size=64, dtype=dtype, device=device, kvcache=pool, need_sort=False)
     return pool, allocator
+
+
+def refresh_keys(pool, layer: int, pages: torch.Tensor, filled: torch.Tensor):
+    """Gate keys of pages `[n]` of one layer, with `[n]` valid tokens each, from the host store."""
+    filled = filled.to(torch.int32)
+    pool_keys(pool.gate, pool.host.layers[layer], pages, filled, pool.quick.layers[layer], pool.threads)

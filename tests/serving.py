@@ -42,13 +42,24 @@ def launch_command(model: Path, args: list[str], port: int) -> list[str]:
     return command + args
 
 
+def free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to outgoing connections: a server takes
+    half a minute to come to it."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+
+
 class Server:
     """A real server process, ready to answer; killed with its children on exit."""
 
     def __init__(self, model: Path, args: list[str], log: Path, env: dict | None = None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.model = model

@@ -9,7 +9,10 @@ from rheoserve_sgl.config import RheoConfig
     ("settings", "message"),
     [
         ({"mode": "fast"}, "--rheoserve-mode is 'fast'; legal: balanced, retrieval, window, full"),
-        ({"selector": "seer"}, "--rheoserve-selector is 'seer'; legal: quest, mean"),
+        ({"selector": "best"}, "--rheoserve-selector is 'best'; legal: auto, seer, quest, mean, oracle"),
+        ({"selector": "seer"}, "--rheoserve-selector is 'seer'; legal: seer with --rheoserve-gate-path"),
+        ({"gate_rope": "middle"}, "--rheoserve-gate-rope is 'middle'; legal: first, last"),
+        ({"dense_layers": -1}, "--rheoserve-dense-layers is -1; legal: an integer of at least 0"),
         ({"device_attention": "all"}, "--rheoserve-device-attention is 'all'; legal: resident, selected"),
         ({"token_budget": 1000}, "--rheoserve-token-budget is 1000; legal: a multiple of 64, at least 64"),
         ({"token_budget": 512}, "--rheoserve-token-budget is 512; legal: at least 640 .sink 64 . window 512"),
@@ -46,3 +49,8 @@ def test_a_small_budget_is_legal_where_nothing_is_selected():
 
 def test_a_threshold_replaces_the_budget():
     assert RheoConfig(threshold=0.01).as_dict()["token_budget"] is None
+
+
+def test_auto_takes_the_learned_gate_where_there_are_weights():
+    assert RheoConfig(gate_path="gates").selector == "seer"
+    assert RheoConfig(gate_path="gates", selector="quest").selector == "quest"

@@ -51,7 +51,15 @@ def test_every_hook_has_an_entry_in_patches_and_every_entry_a_hook():
         "sglang.srt.server_args.add_attention_backend_choices",
         "sglang.srt.platforms",
     }
-    assert documented == {hook.target for hook in HOOKS} | registrations
+    tapped = {"sglang.srt.layers.rotary_embedding.base.RotaryEmbedding"}
+    assert documented == {hook.target for hook in HOOKS} | registrations | tapped
+
+
+def test_what_the_tap_replaces_takes_its_arguments():
+    rotary = pkgutil.resolve_name("sglang.srt.layers.rotary_embedding.base.RotaryEmbedding")
+    for method in (rotary.forward_native, rotary.forward_cuda):
+        assert list(inspect.signature(method).parameters)[1:4] == ["positions", "query", "key"]
+    assert hasattr(rotary, "_compute_cos_sin_cache")
 
 
 def test_entry_points_are_installed():

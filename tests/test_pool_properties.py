@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from pools import DIM, HEADS, LAYERS, make_pool
+from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
 
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -62,7 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
         pages = loc.div(64, rounding_mode="floor").unique()
         filled = self.tensor([self.filled[page] for page in pages.tolist()])
         for layer in range(LAYERS):
-            self.pool.refresh_quick_keys(layer, pages, filled)
+            refresh_keys(self.pool, layer, pages, filled)
 
     def batch(self):
         slots = sorted(self.lens)
@@ -267,10 +267,10 @@ def test_quick_keys_do_not_depend_on_how_a_page_was_filled():
         pool, _ = make_pool(64 * 4, 64, selector=selector)
         k, v = torch.randn(2, 64, HEADS, DIM)
         pool.write(0, torch.arange(64, 128), k, v)
-        pool.refresh_quick_keys(0, torch.tensor([1]), torch.tensor([64]))
+        refresh_keys(pool, 0, torch.tensor([1]), torch.tensor([64]))
         for i in range(64):
             pool.write(0, torch.tensor([128 + i]), k[i : i + 1], v[i : i + 1])
-            pool.refresh_quick_keys(0, torch.tensor([2]), torch.tensor([i + 1]))
+            refresh_keys(pool, 0, torch.tensor([2]), torch.tensor([i + 1]))
         assert torch.equal(pool.quick.layers[0][1], pool.quick.layers[0][2])
 
 

@@ -12,9 +12,8 @@ from rheoserve_sgl.cache.host_store import HostStore
 from rheoserve_sgl.cache.quick_keys import QuickKeys
 from rheoserve_sgl.cache.residency import Residency
 from rheoserve_sgl.config import RheoConfig
-from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.ops.append import append
-from rheoserve_sgl.ops.pool_keys import pool_keys
 from rheoserve_sgl.ops.workers import usable_threads
 
 logger = logging.getLogger(__name__)
@@ -30,10 +29,12 @@ class TwoTierKVPool(MHATokenToKVPool):
     Args (beyond MHATokenToKVPool's):
         size: logical tokens, the host store's capacity
         config: settings, with `device_tokens` resolved
+        gate: what scores blocks
     """
 
-    def __init__(self, size: int, *, config: RheoConfig, **kwargs):
+    def __init__(self, size: int, *, config: RheoConfig, gate: Gate, **kwargs):
         self.config = config
+        self.gate = gate
         self.threads = config.host_threads or usable_threads()
         self.frame_count = config.device_tokens // PAGE_TOKENS * kwargs["head_num"]
         super().__init__(size, page_size=PAGE_TOKENS, **kwargs)
@@ -47,7 +48,7 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.host = HostStore(*shape, self.head_dim, self.store_dtype, pin=on_gpu, threads=self.threads)
         self.frames = Frames(self.layer_num, self.frame_count, self.head_dim, self.store_dtype, self.device)
         self.residency = Residency(*shape, self.frame_count, self.device)
-        self.quick = QuickKeys(*shape, self.head_dim, make_gate(self.config.selector), self.device)
+        self.quick = QuickKeys(*shape, self.head_dim, self.gate, self.device)
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         logger.info(
             "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "
@@ -82,7 +83,7 @@ class TwoTierKVPool(MHATokenToKVPool):
     ):
         """Write tokens through to the host store and to the frames of resident blocks.
 
-        Gate keys are refreshed by the caller, which knows how full each page is.
+        Gate keys are refreshed by the caller, who knows how full each page is.
         """
         if dcp_kv_mask is not None or k_scale is not None or v_scale is not None:
             raise NotImplementedError("RheoServe's pool has no scaled or context-parallel writes")
@@ -93,11 +94,6 @@ class TwoTierKVPool(MHATokenToKVPool):
     def write(self, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Store tokens of layer `index`: loc `[tokens]` int64; k, v `[tokens, kv_heads, head_dim]`."""
         append(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
-
-    def refresh_quick_keys(self, index: int, pages: torch.Tensor, filled: torch.Tensor):
-        """Recompute gate keys from the host store: pages `[n]`, valid tokens of each `[n]`."""
-        quick = self.quick
-        pool_keys(quick.gate, self.host.layers[index], pages, filled.to(torch.int32), quick.layers[index], self.threads)
 
     def forget_pages(self, pages: torch.Tensor) -> int:
         """Give back the frames of pages that left their owner; returns how many there were."""

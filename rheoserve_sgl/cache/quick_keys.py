@@ -8,12 +8,10 @@ from rheoserve_sgl.gate.base import Gate
 class QuickKeys:
     """Gate keys, one tensor `[pages, kv_heads, key_dim]` float32 a layer.
 
-    A key is always computed from the stored tokens of its page, never updated from the key before,
-    so that a page filled token by token has bit for bit the key of one filled at once.
+    A page filled token by token has bit for bit the key of one filled at once.
     """
 
     def __init__(self, layers: int, pages: int, kv_heads: int, head_dim: int, gate: Gate, device: str):
-        self.gate = gate
         shape = (pages, kv_heads, gate.key_dim(head_dim))
         self.layers = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(layers)]
 

@@ -6,10 +6,10 @@ key per 64-token block.
 
 import torch
 
-from rheoserve_sgl.gate.base import Gate
+from rheoserve_sgl.gate.base import PooledGate
 
 
-class MeanGate(Gate):
+class MeanGate(PooledGate):
     pooling = 1
 
     def key_dim(self, head_dim: int) -> int:

@@ -7,10 +7,10 @@ one dot product with the key [max, min].
 
 import torch
 
-from rheoserve_sgl.gate.base import Gate
+from rheoserve_sgl.gate.base import PooledGate
 
 
-class QuestGate(Gate):
+class QuestGate(PooledGate):
     pooling = 0
 
     def key_dim(self, head_dim: int) -> int:

@@ -3,12 +3,11 @@
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.ops.extension import DTYPES, address
 from rheoserve_sgl.ops.workers import worker_pool
 
 
-def pool_keys(gate: Gate, host, pages, filled, quick, threads: int = 1):
+def pool_keys(gate, host, pages, filled, quick, threads: int = 1):
     """Recompute the gate keys of some pages of one layer, in place.
 
     Args:
@@ -24,13 +23,13 @@ def pool_keys(gate: Gate, host, pages, filled, quick, threads: int = 1):
         pool_keys_torch(gate, host, pages, filled, quick)
 
 
-def pool_keys_torch(gate: Gate, host, pages, filled, quick):
+def pool_keys_torch(gate, host, pages, filled, quick):
     keys = host[pages.cpu(), :, 0].to(quick.device)
     valid = torch.arange(PAGE_TOKENS, device=quick.device) < filled[:, None]
     quick[pages] = gate.pool(keys.float(), valid[:, None, :, None])
 
 
-def pool_keys_cpu(gate: Gate, host, pages, filled, quick, threads: int = 1):
+def pool_keys_cpu(gate, host, pages, filled, quick, threads: int = 1):
     all_pages, kv_heads, _, _, dim = host.shape
     worker_pool(threads).pool_keys(
         gate.pooling,

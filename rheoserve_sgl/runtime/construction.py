@@ -11,7 +11,12 @@ from rheoserve_sgl.cache.allocator import TwoTierAllocator
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.coordinator.coordinator import Coordinator
+from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.gate.base import Gate
+from rheoserve_sgl.gate.checkpoint import read_gate, take_heads
+from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.workers import usable_threads
+from rheoserve_sgl.refusals import model_shape
 from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
 from rheoserve_sgl.server_args import selects_rheoserve
 
@@ -51,9 +56,11 @@ def build_pool(original, configurator, **kwargs):
     config = RheoConfig.from_server_args(configurator.server_args)
     if config.host_threads is None:
         config = replace(config, host_threads=max(usable_threads() // get_world_group().world_size, 1))
+    gate, config = build_gate(config, model, configurator.device)
     pool = TwoTierKVPool(
         kwargs["sizes"].max_total_num_tokens,
         config=config,
+        gate=gate,
         dtype=configurator.kv_cache_dtype,
         head_num=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=model.head_dim,
@@ -66,6 +73,22 @@ def build_pool(original, configurator, **kwargs):
     )
     pool.coordinator = Coordinator(pool)
     return pool
+
+
+def build_gate(config: RheoConfig, model_config, device) -> tuple[Gate, RheoConfig]:
+    """This rank's gate, and the settings with its number of dense layers."""
+    if config.selector != "seer":
+        return make_gate(config.selector), replace(config, dense_layers=config.dense_layers or 0)
+    parallel = get_parallel()
+    stored, layers = read_gate(config.gate_path, shape := model_shape(model_config))
+    own = model_config.get_num_kv_heads(parallel.attn_tp_size)
+    # With more ranks than KV heads, neighbouring ranks hold the same one.
+    first = parallel.attn_tp_rank * shape.kv_heads // parallel.attn_tp_size
+    heads = slice(first, first + own)
+    weights = [take_heads(tensors, heads, stored.parts, None, device) for tensors in layers]
+    if config.dense_layers is None:
+        config = replace(config, dense_layers=stored.start_layer)
+    return SeerGate(weights, rotates=stored.use_rope, rotate_last=config.gate_rope == "last"), config
 
 
 def build_allocator(original, configurator, **kwargs):

@@ -1,0 +1,227 @@
+"""Train the bundled model: `python -m benchmarks.nano.train --corpus DIR --tokenizer DIR --out DIR`.
+
+A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. A state is saved
+every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped. DIR holds the
+results: weights.pt (bf16, transformers' names), log.jsonl (one line a report) and state.pt.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from benchmarks.nano.haystack import Haystack
+from benchmarks.nano.model import Nano, Size
+from benchmarks.nano.samples import ANSWER, make_sample
+
+PHASES = ((0.22, 1024), (0.45, 4096), (0.70, 16384), (1.0, 32768))  # until this share of the time, this context
+WARM_UP, FINAL = 60, 0.05  # steps; share of the peak learning rate at the end
+EVALUATION_SEED = 1 << 40
+REPORT_STEPS = 20
+
+_worker = {}
+
+
+def start_worker(haystack: Path, tokenizer: Path):
+    _worker["haystack"] = Haystack.load(haystack)
+    _worker["tokenizer"] = Tokenizer.from_file(str(tokenizer))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def make_batch(length: int, tokens: int, seed: int):
+    """(tokens `[batch, length + 1]` int32, weights `[batch, length]` float32) of about `tokens` tokens."""
+    rows = [
+        make_sample(_worker["haystack"], _worker["tokenizer"], length + 1, seed * 100_003 + row)
+        for row in range(max(tokens // length, 1))
+    ]
+    ids, weights = zip(*rows, strict=True)
+    return np.stack(ids).astype(np.int32), np.stack(weights)[:, 1:]
+
+
+def context_at(share: float, longest: int) -> int:
+    return min(next(length for end, length in PHASES if share <= end or end == 1.0), longest)
+
+
+def rate_at(step: int, share: float) -> float:
+    """Share of the peak learning rate."""
+    return min(1.0, (step + 1) / WARM_UP) * max(1.0 - share * (1.0 - FINAL), FINAL)
+
+
+def answers_right(model: Nano, batch, device: str) -> tuple[int, int]:
+    """How many answers of a batch the model gets right in every token, each token given those before."""
+    ids, weights = (torch.from_numpy(part) for part in batch)
+    right = total = 0
+    for row, weight in zip(ids.long(), weights, strict=True):
+        hidden = model(row[None, :-1].to(device))
+        guess = (hidden @ model.embed_tokens.weight.to(hidden.dtype).T).argmax(-1).cpu()
+        good = guess == row[1:]
+        inside = weight == ANSWER
+        edges = torch.diff(inside.int(), prepend=torch.tensor([0]), append=torch.tensor([0]))
+        for first, end in zip(torch.nonzero(edges == 1), torch.nonzero(edges == -1), strict=True):
+            right += bool(good[first:end].all())
+            total += 1
+    return right, total
+
+
+class Run:
+    """One training run's state, on disk and in memory."""
+
+    def __init__(self, args):
+        self.args = args
+        size = Size(**{field.name: getattr(args, field.name) for field in fields(Size) if hasattr(args, field.name)})
+        torch.manual_seed(args.seed)
+        self.model = Nano(size).to(args.device)
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        fused = args.device == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
+        self.step, self.spent = 0, 0.0
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.file = args.out / "state.pt"
+        if self.file.is_file():
+            stored = torch.load(self.file, map_location=args.device, weights_only=True)
+            if stored["size"] != asdict(size):
+                raise ValueError(f"--out: {self.file} is of another model, {stored['size']}")
+            self.model.load_state_dict(stored["model"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+            self.step, self.spent = stored["step"], stored["spent"]
+        self.size = size
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done."""
+        return self.step / self.args.steps if self.args.steps else self.spent / self.args.seconds
+
+    def save(self):
+        state = {name.replace("_orig_mod.", ""): t for name, t in self.model.state_dict().items()}
+        part = self.file.with_suffix(".part")
+        torch.save(
+            {
+                "model": state,
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "spent": self.spent,
+                "size": asdict(self.size),
+            },
+            part,
+        )
+        part.replace(self.file)
+        torch.save(self.model.checkpoint(), self.args.out / "weights.pt")
+
+    def log(self, **what):
+        line = json.dumps({"step": self.step, "seconds": round(self.spent, 1), **what})
+        print(line, flush=True)
+        with (self.args.out / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+
+def train(run: Run, pool: ProcessPoolExecutor):
+    args, model = run.args, run.model
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    waiting: deque = deque()
+    seed = run.step
+
+    def order():
+        nonlocal seed
+        length = context_at(min(run.share, 1.0), args.context)
+        waiting.append((length, pool.submit(make_batch, length, args.tokens, args.seed * 10_000_019 + seed)))
+        seed += 1
+
+    for _ in range(2 * args.workers):
+        order()
+    began, start = time.perf_counter(), run.spent
+    saved, losses, seen, context = run.spent, [], 0, None
+    while run.share < 1.0:
+        length, batch = waiting.popleft()
+        ids, weights = batch.result()
+        order()
+        if context not in (None, length):
+            evaluate(run, pool, context, autocast)
+        context = length
+        ids = torch.from_numpy(ids).to(args.device, non_blocking=True).long()
+        weights = torch.from_numpy(weights).to(args.device, non_blocking=True)
+        for group in run.optimizer.param_groups:
+            group["lr"] = args.lr * rate_at(run.step, run.share)
+        with autocast:
+            loss = model.loss(model(ids[:, :-1]), ids[:, 1:].flatten(), weights.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        losses.append(loss.detach())
+        seen += weights.numel()
+        run.spent = start + time.perf_counter() - began
+        if run.step % REPORT_STEPS == 0:
+            mean = torch.stack(losses).mean().item()
+            run.log(loss=round(mean, 4), context=length, tokens=seen)
+            losses = []
+        if run.spent - saved > args.save_every:
+            saved = run.spent
+            run.save()
+    evaluate(run, pool, context, autocast)
+    run.save()
+
+
+def evaluate(run: Run, pool: ProcessPoolExecutor, length: int, autocast):
+    """Answers right on samples that training does not see, of this length."""
+    batch = pool.submit(make_batch, length, min(run.args.tokens, 8 * length), EVALUATION_SEED + length).result()
+    with torch.no_grad(), autocast:
+        right, total = answers_right(run.model, batch, run.args.device)
+    run.log(context=length, answers_right=right, answers=total)
+
+
+def prepare(args) -> Path:
+    """The corpus as tokens, made once."""
+    path = args.out / "haystack.npz"
+    if not path.is_file():
+        args.out.mkdir(parents=True, exist_ok=True)
+        tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
+        Haystack.encode((args.corpus / "train.txt").read_text(), tokenizer).save(path)
+    return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=450, help="of training, over all runs with this --out")
+    parser.add_argument("--steps", type=int, help="instead of seconds")
+    parser.add_argument("--tokens", type=int, default=262_144, help="of a step")
+    parser.add_argument("--context", type=int, default=32_768, help="the longest")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1))
+    parser.add_argument("--save-every", type=float, default=120, help="seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for field in fields(Size):
+        if field.name not in ("context", "vocabulary"):
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    args = parser.parse_args(argv)
+    tokenizer = args.tokenizer / "tokenizer.json"
+    args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    random.seed(args.seed)
+    haystack = prepare(args)
+    run = Run(args)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        run.model.compile_parts()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.log(parameters=parameters, device=args.device)
+    with ProcessPoolExecutor(args.workers, initializer=start_worker, initargs=(haystack, tokenizer)) as pool:
+        train(run, pool)
+
+
+if __name__ == "__main__":
+    main()

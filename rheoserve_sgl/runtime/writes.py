@@ -1,0 +1,71 @@
+"""Where a batch's new tokens went, page by page: built once a step and read by every layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.runtime.batch import Batch
+
+
+@dataclass(frozen=True)
+class Writes:
+    """The pages that new tokens were written to; each page once.
+
+    pages: `[n]` int64 logical pages
+    requests: `[n]` int64, SGLang's req_pool_indices
+    token: `[n]` int64, index in the batch of the page's first new token
+    before, filled: `[n]` int32, tokens of the page before and after
+    key_position: `[n]` int64, where a learned gate rotates the page's key
+    most_new: the largest of filled - before, known on the host
+    """
+
+    pages: torch.Tensor
+    requests: torch.Tensor
+    token: torch.Tensor
+    before: torch.Tensor
+    filled: torch.Tensor
+    key_position: torch.Tensor
+    most_new: int
+
+    @classmethod
+    def of_decode(cls, batch: Batch, rotate_last: bool = False) -> "Writes":
+        """One token a request, on its newest page.
+
+        Args:
+            rotate_last: rotate keys at their page's last token, as SeerAttention's published code does for
+                pages completed while decoding (it rotates those of a prompt at the first, as it was trained)
+        """
+        first = (batch.n_pages.long() - 1) * PAGE_TOKENS
+        return cls(
+            pages=batch.newest,
+            requests=batch.requests.long(),
+            token=torch.arange(len(batch.newest), device=batch.pages.device),
+            before=batch.tail_len - 1,
+            filled=batch.tail_len,
+            key_position=first + (PAGE_TOKENS - 1 if rotate_last else 0),
+            most_new=1,
+        )
+
+    @classmethod
+    def of_extend(cls, batch: Batch, prefixes: list[int], lengths: list[int]) -> "Writes":
+        """`lengths[i]` tokens of request i after `prefixes[i]` that it had."""
+        device = batch.pages.device
+        start = torch.tensor(prefixes, device=device)
+        new = torch.tensor(lengths, device=device)
+        row_token = torch.cumsum(new, 0) - new
+        at = torch.arange(batch.pages.shape[1], device=device)
+        written = batch.valid & (at >= (start // PAGE_TOKENS)[:, None]) & (new > 0)[:, None]
+        row, page = torch.nonzero(written, as_tuple=True)
+        first = page * PAGE_TOKENS
+        before = (start[row] - first).clamp(min=0)
+        filled = ((start + new)[row] - first).clamp(max=PAGE_TOKENS)
+        return cls(
+            pages=batch.pages[row, page],
+            requests=batch.requests.long()[row],
+            token=row_token[row] + first + before - start[row],
+            before=before.to(torch.int32),
+            filled=filled.to(torch.int32),
+            key_position=first,
+            most_new=min(max(lengths, default=0), PAGE_TOKENS),
+        )

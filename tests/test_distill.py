@@ -1,0 +1,114 @@
+"""Distillation of gates: the target against a plain loop, the loss going down, runs that are taken up again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rheoserve_sgl.gate import distill
+from rheoserve_sgl.gate.checkpoint import ModelShape, read_gate
+from rheoserve_sgl.gate.sequences import load_sequences
+from rheoserve_sgl.gate.target import block_targets, gate_loss
+
+
+def test_targets_are_the_block_maxima_of_the_attention():
+    torch.manual_seed(0)
+    tokens, block, kv_heads, group, dim = 96, 16, 2, 3, 8
+    q, k = torch.randn(4, kv_heads, group, dim), torch.randn(tokens, kv_heads, dim)
+    positions = torch.tensor([3, 17, 40, 95])
+    got = block_targets(q, k, positions, dim**-0.5, block)
+    for n, position in enumerate(positions.tolist()):
+        for head in range(kv_heads):
+            logits = (q[n, head].double() @ k[: position + 1, head].double().T) * dim**-0.5
+            p = torch.softmax(logits, -1).amax(0)
+            earlier = [p[at * block : (at + 1) * block].max().item() for at in range(position // block)]
+            expected = np.array(earlier) / (sum(earlier) or 1)
+            np.testing.assert_allclose(got[n, head, : len(earlier)], expected, rtol=1e-4)
+            assert not got[n, head, len(earlier) :].any()
+
+
+def test_the_loss_is_zero_for_a_gate_that_says_the_target():
+    targets = torch.softmax(torch.randn(3, 2, 5), -1)
+    targets[:, :, 4] = 0
+    targets /= targets.sum(-1, keepdim=True)
+    positions = torch.full((3,), 4 * 64 + 1)
+    keys = torch.eye(5)[:, None].expand(-1, 2, -1)
+    queries = targets.clamp(min=1e-30).log() * 5**0.5
+    assert gate_loss(queries, keys, targets, positions, 64).item() == pytest.approx(0, abs=1e-5)
+    assert gate_loss(torch.zeros(3, 2, 5), keys, targets, positions, 64).item() > 0.1
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = np.random.default_rng(0)
+    path.write_bytes(bytes(generator.integers(32, 127, 6000).tolist()))
+    return path
+
+
+def arguments(checkpoints, text, out, **changes):
+    options = {"context": 512, "batch": 2, "steps": 30, "queries": 64, "lr": 0.01, "save-every": 10} | changes
+    command = ["--model", str(checkpoints.path()), "--data", str(text), "--out", str(out), "--device", "cpu"]
+    return command + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_the_loss_goes_down_and_the_gates_fit_the_model(checkpoints, text, tmp_path):
+    distill.main(arguments(checkpoints, text, tmp_path))
+    curve = json.loads((tmp_path / "loss_curve.json").read_text())
+    assert len(curve) == 30
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    config, layers = read_gate(tmp_path, ModelShape(layers=4, heads=8, kv_heads=2, head_dim=64))
+    assert config.use_qk_norm and len(layers) == 4
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(checkpoints, text, tmp_path, monkeypatch):
+    distill.main(arguments(checkpoints, text, tmp_path / "whole", steps=6, **{"save-every": 3}))
+    loss, calls = distill.Distiller.loss, []
+
+    def fail_late(self, *args):
+        calls.append(1)
+        if len(calls) > 2 * 4:
+            raise KeyboardInterrupt
+        return loss(self, *args)
+
+    broken = arguments(checkpoints, text, tmp_path / "broken", steps=6, **{"save-every": 3})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill.Distiller, "loss", fail_late)
+        distill.main(broken)
+    with pytest.raises(ValueError, match="--lr is 0.5, but .* was started with 0.01"):
+        distill.main([*broken, "--lr", "0.5"])
+    distill.main(broken)
+    for name in ("loss_curve.json", "attn_gate_weights.pth"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+class Bytes:
+    """As much of a tokenizer as sequences need."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": list(text.encode())}
+
+
+def test_sequences_are_documents_joined_and_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("defg")
+    assert load_sequences(tmp_path, Bytes(), 4).tolist() == [[97, 98, 99, 0], [100, 101, 102, 103]]
+    lines = tmp_path / "c.jsonl"
+    lines.write_text(json.dumps({"text": "abcd"}) + "\n" + json.dumps({"text": "ef"}))
+    assert load_sequences(lines, Bytes(), 5).tolist() == [[97, 98, 99, 100, 0]]
+    np.save(tmp_path / "d.npy", np.arange(12, dtype=np.uint16).reshape(3, 4))
+    assert load_sequences(tmp_path / "d.npy", Bytes(), 3).tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
+
+
+def test_data_that_cannot_be_used_is_named(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; legal: a .npy array"):
+        load_sequences(tmp_path / "none", Bytes(), 4)
+    (tmp_path / "short.txt").write_text("ab")
+    with pytest.raises(ValueError, match="with 3 tokens; needed: 64"):
+        load_sequences(tmp_path / "short.txt", Bytes(), 64)
+    (tmp_path / "odd.jsonl").write_text('{"words": 1}')
+    with pytest.raises(ValueError, match="line 1: neither `text` nor `messages`, but words"):
+        load_sequences(tmp_path / "odd.jsonl", Bytes(), 4)

@@ -1,0 +1,111 @@
+"""How the bundled model is made: answers that are right, training that goes on, an export that is the same model."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+from benchmarks.nano import export, facts, samples, tokenizer, train
+from benchmarks.nano.haystack import Haystack
+from benchmarks.nano.model import Nano, Size
+
+SMALL = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv-heads": 1, "head-dim": 32}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A corpus and a tokenizer, in files."""
+    path = tmp_path_factory.mktemp("nano")
+    draw = random.Random(0)
+    lines = [f"    value_{draw.randrange(99)} = call({draw.randrange(1000)}, name='x')\n" for _ in range(3000)]
+    documents = ["".join(lines[at : at + 100]) for at in range(0, len(lines), 100)]
+    (path / "train.txt").write_text("\0".join(documents))
+    words = tokenizer.train(documents, vocabulary=400)
+    tokenizer.save(words, path)
+    words.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(made):
+    return train.Tokenizer.from_file(str(made / "tokenizer.json"))
+
+
+def test_lines_are_tokenised_on_their_own(made, words):
+    text = (made / "train.txt").read_text()
+    haystack = Haystack.encode(text, words)
+    first = text.split("\0")[0]
+    assert words.decode(haystack.tokens[: haystack.lines[100]].tolist(), skip_special_tokens=False) == first
+    lines = [words.encode(line).ids for line in first.splitlines(keepends=True)]
+    assert [t for line in lines for t in line] == haystack.tokens[: haystack.lines[100]].tolist()
+
+
+def test_answers_follow_from_the_facts():
+    draw = random.Random(1)
+    for _ in range(300):
+        known = facts.make_facts(draw.randint(1, 30), draw)
+        values = {fact.name: fact.value for fact in known}
+        defined = [re.match(r"(\w+) = (\w+)$", fact.line) for fact in known if not fact.magic]
+        for match in filter(None, defined):  # a program of these lines gives each name its value
+            name, right = match.groups()
+            assert values[name] == values.get(right, right)
+        asked = facts.ask(known, draw)
+        named = [name for name in re.findall(r"\w+", asked.question) if name in values]
+        if "first given" in asked.question:
+            assert values[asked.answer] in asked.question
+        else:
+            assert asked.answer == ", ".join(values[name] for name in named)
+        assert all(step in {fact.line.strip() for fact in known} for step in asked.steps)
+
+
+@pytest.mark.parametrize("length", [300, 1024, 4000])
+def test_samples_have_their_length_and_hold_what_they_ask(made, words, length):
+    haystack = Haystack.encode((made / "train.txt").read_text(), words)
+    answers = 0
+    for seed in range(20):
+        ids, weights = samples.make_sample(haystack, words, length, seed)
+        assert len(ids) == len(weights) == length
+        again, _ = samples.make_sample(haystack, words, length, seed)
+        assert (ids == again).all()
+        edges = [i for i in range(1, length) if weights[i] == samples.ANSWER != weights[i - 1]]
+        answers += len(edges)
+        for first in edges:
+            value = re.match(r"[0-9]+|\w+", words.decode(ids[first:].tolist()))
+            assert value is None or value.group() in words.decode(ids[:first].tolist())
+    assert answers >= 20
+
+
+def run(made, out, **options):
+    options = {"tokens": 1024, "context": 256, "workers": 1, "device": "cpu", "lr": 0.01} | options
+    command = ["--corpus", str(made), "--tokenizer", str(made), "--out", str(out)]
+    train.main(command + [word for name, value in (SMALL | options).items() for word in (f"--{name}", str(value))])
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_goes_on_and_exports_the_same_model(made, words, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    losses = [line["loss"] for line in run(made, tmp_path, steps=60) if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert run(made, tmp_path, steps=64)[-1]["step"] == 64
+    with pytest.raises(ValueError, match="of another model"):
+        run(made, tmp_path, steps=65, hidden=32)
+    export.main(["--run", str(tmp_path), "--tokenizer", str(made), "--out", str(tmp_path / "model")])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    size = torch.load(tmp_path / "state.pt", weights_only=True)["size"]
+    ours = Nano(Size(**size))
+    ours.load_state_dict({name.removeprefix("model."): t.float() for name, t in ours_weights(tmp_path).items()})
+    tokens = torch.randint(5, size["vocabulary"], (1, 200))
+    with torch.no_grad():
+        expected = theirs(tokens).logits[0]
+        got = ours(tokens) @ ours.embed_tokens.weight.T
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    chat = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = chat.apply_chat_template([{"role": "user", "content": "a = ?"}], tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\na = ?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def ours_weights(path):
+    return torch.load(path / "weights.pt", weights_only=True)

@@ -1,0 +1,48 @@
+"""A learned gate in a real server, against transformers with the same selection written anew."""
+
+import pytest
+import torch
+from serving import random_prompts, rheo_server
+from sparse_reference import GatedModel
+
+from rheoserve_sgl.gate.checkpoint import GateConfig, ModelShape, read_gate, write_gate
+
+LAYERS, HEADS, KV_HEADS, DIM = 4, 8, 2, 64  # of rheoserve_sgl.nano.make by default
+SHAPE = ModelShape(LAYERS, HEADS, KV_HEADS, DIM)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory):
+    """A folder with random weights: any weights select something."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("gate")
+    config = GateConfig(64, DIM, use_qk_norm=True)
+    layers = [{name: torch.randn(shape) / 8 for name, shape in config.shapes(SHAPE).items()} for _ in range(LAYERS)]
+    for tensors in layers:
+        tensors["q_norm"] = 2 + torch.rand(DIM)  # sharp, so that rounding decides no selection
+        tensors["k_norm"] = 2 + torch.rand(DIM)
+    write_gate(path, config, layers, "made")
+    return path
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("mode", ["retrieval", "balanced"])
+def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
+    """`selected`: in `balanced`, too, only what the gate picks is attended, wherever it is."""
+    args = ["--rheoserve-mode", mode, "--rheoserve-gate-path", str(gate), "--rheoserve-device-attention", "selected"]
+    args += ["--rheoserve-token-budget", "384", "--rheoserve-window-tokens", "64", "--rheoserve-device-tokens", "512"]
+    args += ["--chunked-prefill-size", "512"]
+    model = checkpoints.path()
+    reference = GatedModel(model, read_gate(gate, SHAPE)[1], budget=6, sink=1, window=1)
+    with rheo_server(model, args, tmp_path) as server:
+        assert server.rheo()["settings"]["selector"] == "seer"
+        for prompt in random_prompts(8, (700, 1000)):
+            first = server.tokens([prompt], 70)[0]  # past two page boundaries, so that pages complete while decoding
+            assert reference.greedy(prompt, first) == first
+            assert reference.left_out > 70 * LAYERS * KV_HEADS
+            second = prompt + first + prompt[:30]  # its prefix comes from the radix tree, gate keys included
+            answer = server.generate([second], 8)[0]
+            cached = answer["meta_info"]["cached_tokens"]
+            assert cached > len(prompt)
+            # What the tree held of the first answer was computed sparsely, the rest of this prompt is dense.
+            assert reference.greedy(second, answer["output_ids"], range(len(prompt), cached)) == answer["output_ids"]
