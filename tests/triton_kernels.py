@@ -1,15 +1,31 @@
 """The Triton kernels against torch: test_triton.py runs this file, interpreted or compiled for a GPU."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from test_attention import check, make_visit, oracle
+from test_attn_gate import make_weights
 
+from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_torch
-from rheoserve_sgl.ops.append_gpu import append_gpu
-from rheoserve_sgl.ops.attend_gpu import attend_gpu
-from rheoserve_sgl.ops.plan import Visit
+from rheoserve_sgl.ops.attention import attend_torch
+from rheoserve_sgl.ops.attn_gate import gate_keys_torch
+from rheoserve_sgl.ops.doorbell import Exchange
+from rheoserve_sgl.ops.gpu.append import append_gpu
+from rheoserve_sgl.ops.gpu.attend import Split, attend_gpu, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
+from rheoserve_sgl.ops.gpu.plan import plan_gpu
+from rheoserve_sgl.ops.gpu.score import score_tiles
+from rheoserve_sgl.ops.gpu.snapshot import snapshot
+from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
+from rheoserve_sgl.ops.merge import merge_torch
+from rheoserve_sgl.ops.plan import Rule, Select, Visit, plan_torch
+from rheoserve_sgl.ops.score import score_torch
+from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.writes import Writes
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -64,3 +80,180 @@ def test_append_equals_torch(dtype, dim):
         torch.cuda.synchronize()
     assert torch.equal(host, expected[0])
     assert torch.equal(frames.cpu()[:-1], expected[1][:-1])  # the last row is nobody's
+
+
+def moved(thing):
+    """A dataclass of tensors on the device."""
+    tensors = {name: value for name, value in vars(thing).items() if isinstance(value, torch.Tensor)}
+    return replace(thing, **{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
+
+
+def make_batch(lens, slots=12, context=2048, pages=200):
+    """Requests of these lengths in a token table: as SGLang has it, and as a Batch."""
+    lens = torch.tensor(lens)
+    table = torch.zeros(slots, context, dtype=torch.int32)
+    ids = torch.randperm(pages - 1)[: len(lens) * (context // 64)].view(len(lens), -1) + 1
+    where = torch.arange(1, len(lens) + 1) * 2
+    table[where] = (ids[:, :, None] * 64 + torch.arange(64)).view(len(lens), -1).to(torch.int32)
+    return table, where, lens, Batch.build(table, where, lens, int(lens.max()), 1, 1)
+
+
+def tables_of(table, where, lens, rows_more=2, max_pages=16):
+    tables = Tables.make(len(lens) + rows_more, max_pages, DEVICE)
+    for tensor in vars(tables).values():
+        tensor.fill_(7)  # of a step before
+    snapshot(table.to(DEVICE), where.to(DEVICE), lens.to(DEVICE), len(lens), tables)
+    return tables
+
+
+def test_a_snapshot_is_the_batch():
+    table, where, lens, batch = make_batch([1, 64, 65, 1000], context=1024, pages=100)
+    tables = tables_of(table, where, lens)
+    width = batch.pages.shape[1]
+    assert torch.equal(tables.pages[:4, :width].cpu().long(), batch.pages)
+    assert not tables.pages[:4, width:].any() and not tables.n_pages[4:].any()
+    assert torch.equal(tables.n_pages[:4].cpu(), batch.n_pages)
+    assert torch.equal(tables.tail_len.cpu(), torch.cat((batch.tail_len, torch.zeros(2, dtype=torch.int32))))
+    assert torch.equal(tables.newest[:4].cpu(), batch.newest)
+    assert torch.equal(tables.requests[:4].cpu(), where)
+
+
+RULES = [
+    Rule(Select.ALL, 1, 1),
+    Rule(Select.FORCED, 1, 1, selected_only=True),
+    Rule(Select.BUDGET, 1, 1, budget_pages=5),
+    Rule(Select.BUDGET, 1, 1, budget_pages=5, selected_only=True),
+    Rule(Select.BUDGET, 2, 0, budget_pages=2),
+    Rule(Select.THRESHOLD, 1, 1, log_threshold=-3.0),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.select.name}-{rule.budget_pages}-{rule.selected_only}")
+@pytest.mark.parametrize(("selector", "heads"), [("quest", 4), ("mean", 1), ("mean", 7)])
+def test_score_and_plan_equal_torch(rule, selector, heads):
+    torch.manual_seed(heads)
+    dim, kv_heads, pages, gate = 64, 2, 200, make_gate(selector)
+    table, where, lens, batch = make_batch([1, 64, 700, 1000, 513], context=1024, pages=pages)
+    quick = torch.randn(pages, kv_heads, gate.key_dim(dim))
+    quick[batch.pages[3, 3:6], 0] = 1.0  # equal scores
+    q = torch.randn(len(lens) + 2, kv_heads, heads, dim)
+    frame_of = torch.randint(-99, 99, (pages, kv_heads), dtype=torch.int32).clamp(min=-1)
+    scores = score_torch(gate.query(q[:5]), quick, batch.pages, batch.n_pages, 0.125)
+    expected = plan_torch(rule, scores, batch.pages, batch.n_pages, batch.tail_len, frame_of)
+    importance = torch.rand(pages, kv_heads)
+
+    tables = tables_of(table, where, lens)
+    rows, max_pages = tables.pages.shape
+    tiles = -(-max_pages // 64)
+    shape = (rows, kv_heads, heads)
+    scratch = Scratch(*(torch.full((*shape, n), torch.nan, device=DEVICE) for n in (max_pages, tiles, tiles)))
+    exchange = Exchange.make(rows, kv_heads, heads, dim, max_pages, pin=DEVICE == "cuda")
+    pairs = (rows, kv_heads)
+    lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((*pairs, max_pages), pairs, pairs)]
+    device, totals = Visit(*lists), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    there = [t.to(DEVICE) for t in (q, quick, frame_of, importance.clone())]
+    weight = torch.tensor([2.0], device=DEVICE)
+    budgets = torch.full((rows,), rule.budget_pages, dtype=torch.int32, device=DEVICE)
+    score_tiles(there[0], there[1], tables, scratch, 0.125, "range" if selector == "quest" else "dot")
+    plan_gpu(rule, there[0], tables, scratch, there[2], there[3], weight, budgets, exchange, device, totals)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+    for got, wanted in ((device, expected.device), (exchange.visit, expected.host)):
+        assert torch.equal(got.count[:5].cpu(), wanted.count)
+        assert torch.equal(got.last_len[:5].cpu(), wanted.last_len)
+        assert not got.count[5:].any()
+        lists = (part.flatten(0, 1) for part in (got.blocks[:5].cpu(), wanted.blocks))
+        for mine, theirs, count in zip(*lists, wanted.count.flatten(), strict=True):
+            assert torch.equal(mine[:count], theirs[:count])
+    assert totals.tolist() == [int(expected.device.count.sum()), int(expected.host.count.sum())]
+    visited = exchange.visit.count > 0
+    assert torch.equal(exchange.q[visited], q[visited]) and not exchange.q[~visited].any()
+    for row in range(5):
+        ids = batch.pages[row, : batch.n_pages[row]]
+        gained = importance[ids] + 2.0 * scores[row, :, : len(ids)].exp().T
+        torch.testing.assert_close(there[3].cpu()[ids], gained, rtol=1e-4, atol=1e-5)
+
+
+def test_selection_with_nan_and_a_budget_beyond_the_pages():
+    rule = Rule(Select.BUDGET, 1, 0, budget_pages=50)
+    for nan in (False, True):
+        table, where, lens, batch = make_batch([700], context=1024, pages=100)
+        quick = torch.randn(100, 1, 64)
+        if nan:
+            quick[batch.pages[0, 4]] = torch.nan
+        tables = tables_of(table, where, lens, rows_more=0)
+        scratch = Scratch(*(torch.zeros(1, 1, 1, n, device=DEVICE) for n in (16, 1, 1)))
+        exchange = Exchange.make(1, 1, 1, 64, 16, pin=DEVICE == "cuda")
+        device = Visit(*(torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((1, 1, 16), (1, 1), (1, 1))))
+        q, quick = torch.randn(1, 1, 1, 64).to(DEVICE), quick.to(DEVICE)
+        frame_of = torch.full((100, 1), -1, dtype=torch.int32, device=DEVICE)
+        importance, weight = torch.zeros(100, 1, device=DEVICE), torch.ones(1, device=DEVICE)
+        budgets = torch.tensor([3 if nan else 50], dtype=torch.int32, device=DEVICE)
+        totals = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        score_tiles(q, quick, tables, scratch, 0.125, "dot")
+        plan_gpu(rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, totals)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        # A NaN makes every score of its query head NaN, and NaN is the largest of scores: the older pages win.
+        assert int(exchange.visit.count) == (3 if nan else 11)
+        expected = batch.pages[0, [0, 1, 10]] if nan else batch.pages[0, :11]
+        assert exchange.visit.blocks[0, 0, : len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("q_pooling", ["Qproj", "Qavgproj", "Qavg"])
+@pytest.mark.parametrize("k_pooling", ["Kmaxminavg", "Kminavg", "Kmaxavg", "Kavg"])
+def test_the_gates_kernels_equal_torch(q_pooling, k_pooling):
+    norm = "max" in k_pooling
+    torch.manual_seed(5)
+    weights = make_weights(q_pooling, k_pooling, norm, rotates=norm, positions=2048)
+    table, where, lens, batch = make_batch([1, 64, 128, 1000, 2], context=1024, pages=100)
+    plain = torch.randn(5, 2, 3, 32)
+    positions = lens - 1
+    expected = project_query(weights, plain, positions)
+    out = torch.zeros(5, 2, 32, device=DEVICE)
+    gate_queries_gpu(moved(weights), plain.to(DEVICE), positions.to(DEVICE), out)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+    keys, running, quick = torch.randn(5, 2, 32), torch.randn(13, 2, 3, 32), torch.randn(100, 2, 32)
+    theirs = running.clone(), quick.clone()
+    gate_keys_torch(weights, keys, Writes.of_decode(batch), *theirs)
+    mine = running.to(DEVICE), quick.to(DEVICE)
+    padded = torch.cat((keys, torch.full((2, 2, 32), torch.nan))).to(DEVICE)
+    gate_keys_gpu(moved(weights), padded, tables_of(table, where, lens), *mine)
+    torch.testing.assert_close(mine[1].cpu(), theirs[1], rtol=1e-4, atol=1e-5)
+    incomplete = where[[0, 3, 4]]
+    assert torch.equal(mine[0].cpu()[incomplete], theirs[0][incomplete])
+
+
+@pytest.mark.parametrize("keys", ["max_min", "mean"])
+def test_keys_of_a_page_that_fills_token_by_token(keys):
+    gate = make_gate("quest" if keys == "max_min" else "mean")
+    k = torch.randn(64, 1, 2, 64)
+    host, frames = torch.zeros(3, 2, 2, 64, 64), torch.zeros(1, 2, 64, 64, device=DEVICE)
+    host = host.pin_memory() if DEVICE == "cuda" else host
+    frame_of = torch.full((3, 2), -1, dtype=torch.int32, device=DEVICE)
+    quick = torch.full((3, 2, gate.key_dim(64)), torch.nan, device=DEVICE)
+    for t in range(64):
+        loc, new = torch.tensor([128 + t], device=DEVICE), k[t].to(DEVICE)
+        append_gpu(host, frames, frame_of, loc, new, new, quick, keys)
+        if t in (0, 20, 63):
+            own = gate.pool(k[: t + 1, 0].transpose(0, 1)[None], torch.ones(1, 1, t + 1, 1, dtype=torch.bool))
+            torch.testing.assert_close(quick[2].cpu(), own[0], rtol=1e-5, atol=1e-6)
+    assert quick[:2].isnan().all()
+
+
+def test_the_cpus_answer_is_merged_where_there_is_one():
+    torch.manual_seed(6)
+    blocks, q = torch.randn(30, 2, 64, 64), torch.randn(2, 2, 4, 64)
+    visit = make_visit(2, 2, (1, 9, 0, 5), 30, 4)
+    theirs = make_visit(2, 2, (3, 0, 2, 0), 30, 5)
+    host = attend_torch(q, blocks, theirs, 0.125)
+    expected = merge_torch(*attend_torch(q, blocks, visit, 0.125), *host)
+    host[0][theirs.count == 0], host[1][theirs.count == 0] = torch.nan, torch.nan  # a list without blocks has no answer
+    own = moved(visit)
+    split = Split.make(4, 4, 64, visit.blocks.shape[-1], DEVICE)
+    out, lse = torch.empty(2, 2, 4, 64, device=DEVICE), torch.empty(2, 2, 4, device=DEVICE)
+    attend_split(q.to(DEVICE), blocks.to(DEVICE), own, split, 0.125)
+    merge_parts(own, split, out, lse, (theirs.count.to(DEVICE), *(part.to(DEVICE) for part in host)))
+    torch.testing.assert_close([out.cpu(), lse.cpu()], list(expected), rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
 """Attention of one query position over listed blocks, with its log-sum-exp.
 
 The same op serves both tiers: a block is `[2, 64, head_dim]` whether it lies in a frame or in the host
-store. `attend_torch` is the documentation, the oracle, and what runs on a GPU's frames for now (attend_gpu.py
+store. `attend_torch` is the documentation, the oracle, and what runs on a GPU's frames for now (gpu/attend.py
 will); `attend_cpu` is the C++ kernel; `attend_tiers` is what a decode step calls.
 """
 

@@ -1,4 +1,4 @@
-"""The GPU's side of the doorbell: one small kernel that asks the CPU and waits, with a bound, inside a CUDA graph."""
+"""The GPU's side of the doorbell: a small kernel that asks the CPU, and one that waits, with a bound."""
 
 import torch
 import triton
@@ -35,12 +35,16 @@ def _nanoseconds(address):
 
 
 @triton.jit
-def _ask_kernel(counter, late, asked, answered, limit):
+def _ring(counter, asked):
     number = tl.load(counter) + 1
     tl.store(counter, number)
-    asked_at = asked.to(tl.int64)
+    _store_release(asked.to(tl.int64), number)
+
+
+@triton.jit
+def _wait(counter, late, report, answered, limit):
+    number = tl.load(counter)
     answered_at = answered.to(tl.int64)
-    _store_release(asked_at, number)
     end = _nanoseconds(answered_at) + limit
     # After one answer too late nothing is waited for: the step is lost, and the server is told.
     waiting = tl.load(late) == 0
@@ -49,11 +53,15 @@ def _ask_kernel(counter, late, asked, answered, limit):
             waiting = False
         elif _nanoseconds(answered_at) > end:
             tl.store(late, number)
+            tl.store(report, number)
             waiting = False
 
 
 class Asker:
     """Asks through an exchange in pinned memory, from the current CUDA stream.
+
+    `ring`, then `wait`; both can be captured, and each replay asks the next number. What was written to the exchange
+    before `ring` on this stream is part of the question; what is read after `wait` on this stream is the answer.
 
     Args:
         exchange: pinned
@@ -67,13 +75,15 @@ class Asker:
         self._limit = int(seconds * 1e9)
         self._counter = exchange.bell[1, :1].clone().cuda()  # on from the last answer
         self._late = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self._report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
-    def ask(self):
-        """Ask, and wait. What was written to the exchange before on this stream is part of the question; what is read
-        after on this stream is the answer. Can be captured: each replay asks the next number."""
-        _ask_kernel[(1,)](self._counter, self._late, self._bell[0], self._bell[1], self._limit, num_warps=1)
+    def ring(self):
+        _ring[(1,)](self._counter, self._bell[0], num_warps=1)
+
+    def wait(self):
+        _wait[(1,)](self._counter, self._late, self._report, self._bell[1], self._limit, num_warps=1)
 
     @property
     def late(self) -> int:
-        """Number of the request whose answer did not come in time, 0 if none (waits for the stream)."""
-        return int(self._late)
+        """Number of the request whose answer did not come in time, 0 if none so far, as far as the stream has come."""
+        return int(self._report)

@@ -1,0 +1,68 @@
+"""Write-through of a step's tokens by one kernel, into frames and over PCIe straight into the pinned host store, with
+the running keys of a training-free gate.
+"""
+
+import triton
+import triton.language as tl
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.append import check_rows
+
+KEYS = {"none": 0, "max_min": 1, "mean": 2}
+
+
+@triton.jit
+def _append(
+    host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    at = tl.load(loc + token)
+    pair = at // TOKENS * kv_heads + head
+    offset = at % TOKENS
+    dim = tl.arange(0, WIDE)
+    used = dim < DIM
+    key = tl.load(k + token * k_stride + head * DIM + dim, mask=used)
+    value = tl.load(v + token * v_stride + head * DIM + dim, mask=used)
+    row = offset * DIM + dim
+    block = host + pair * (2 * TOKENS * DIM)
+    tl.store(block + row, key, mask=used)
+    tl.store(block + TOKENS * DIM + row, value, mask=used)
+    frame = tl.load(frame_of + pair).to(tl.int64)
+    if frame >= 0:
+        block = frames + frame * (2 * TOKENS * DIM)
+        tl.store(block + row, key, mask=used)
+        tl.store(block + TOKENS * DIM + row, value, mask=used)
+    new = key.to(tl.float32)
+    old = used & (offset > 0)
+    if KEYS == 1:
+        own = quick + pair * 2 * DIM + dim
+        high = tl.load(own, mask=old, other=float("-inf"))
+        low = tl.load(own + DIM, mask=old, other=float("inf"))
+        tl.store(own, tl.where((new > high) | (new != new), new, high), mask=used)
+        tl.store(own + DIM, tl.where((new < low) | (new != new), new, low), mask=used)
+    if KEYS == 2:
+        own = quick + pair * DIM + dim
+        mean = tl.load(own, mask=old, other=0.0)
+        tl.store(own, mean + (new - mean) / (offset + 1).to(tl.float32), mask=used)
+
+
+def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"):
+    """As `append_torch`, without waiting: the CPU sees the tokens when the stream has passed.
+
+    Args:
+        host: pinned
+        k, v: rows of `[kv_heads, head_dim]` contiguous
+        quick: `[all_pages, kv_heads, key_dim]` float32, of which the newest pages' keys take in their new token; only
+            for one token a page
+        keys: what they are: "none", "max_min" or "mean"
+    """
+    tokens, kv_heads, dim = k.shape
+    check_rows(host, k, v)
+    if tokens == 0:
+        return
+    _append[(tokens, kv_heads)](
+        host, frames, frame_of, loc, k, v, frames if quick is None else quick, k.stride(0), v.stride(0), kv_heads,
+        KEYS=KEYS[keys], DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
+    )  # fmt: skip

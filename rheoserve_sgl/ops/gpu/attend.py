@@ -1,0 +1,163 @@
+"""Attention over the resident lists, split over each list, and the merge of the parts with the CPU's answer.
+
+Static shapes and no synchronisation, so that it can be captured in a CUDA graph; a program whose part of a list is
+empty ends at once. The split-KV scheme is that of Flash-Decoding (Dao et al., 2023).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.plan import Visit
+
+FEWEST = 4  # blocks of a list to a program, at least
+PARTS = 64  # programs to a list, at most
+HEADS = 16  # the smallest tile of tl.dot
+
+
+@triton.jit
+def _attend_split(
+    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, split, group,
+    DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    part = tl.program_id(1)
+    count = tl.load(counts + pair)
+    first = part * split
+    if first < count:
+        head = tl.arange(0, HEADS)
+        dim = tl.arange(0, WIDE)
+        token = tl.arange(0, TOKENS)
+        used = (head < group)[:, None] & (dim < DIM)[None, :]
+        queries = tl.load(q + (pair * group + head)[:, None] * DIM + dim[None, :], mask=used, other=0.0)
+        queries = queries.to(blocks.dtype.element_ty)
+        top = tl.full([HEADS], float("-inf"), tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        acc = tl.zeros([HEADS, WIDE], tl.float32)
+        for i in range(first, tl.minimum(first + split, count)):
+            block = tl.load(lists + pair.to(tl.int64) * max_list + i).to(tl.int64)
+            at = blocks + block * (2 * TOKENS * DIM)
+            valid = token < tl.where(i + 1 == count, tl.load(last_len + pair), TOKENS)
+            # Whatever lies beyond the valid tokens must not reach a product, where NaN would survive.
+            keys = tl.load(
+                at + token[None, :] * DIM + dim[:, None], mask=(dim < DIM)[:, None] & valid[None, :], other=0.0
+            )
+            logits = tl.dot(queries, keys, input_precision="ieee") * scale
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            weights = tl.exp(logits - new_top[:, None])
+            older = tl.exp(top - new_top)
+            total = total * older + tl.sum(weights, 1)
+            values = tl.load(
+                at + TOKENS * DIM + token[:, None] * DIM + dim[None, :],
+                mask=valid[:, None] & (dim < DIM)[None, :],
+                other=0.0,
+            )
+            acc = acc * older[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+            top = new_top
+        row = (pair * tl.num_programs(1) + part).to(tl.int64) * group + head
+        tl.store(acc_out + row[:, None] * DIM + dim[None, :], acc / total[:, None], mask=used)
+        tl.store(lse_out + row, top + tl.log(total), mask=head < group)
+
+
+@triton.jit
+def _merge(
+    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, split, group,
+    DIM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    head = tl.program_id(1)
+    dim = tl.arange(0, WIDE)
+    used = (tl.load(counts + pair) + split - 1) // split
+    row = pair * group + head
+    visited = tl.load(host_counts + pair) > 0
+    top = tl.load(host_lse + row, mask=visited, other=float("-inf"))
+    total = tl.where(visited, 1.0, 0.0)
+    acc = tl.load(host_out + row.to(tl.int64) * DIM + dim, mask=visited & (dim < DIM), other=0.0)
+    for part in range(0, used):
+        at = (pair * parts + part).to(tl.int64) * group + head
+        value = tl.load(lse_in + at)
+        new_top = tl.maximum(top, value)
+        weight = tl.exp(value - new_top)
+        older = tl.exp(top - new_top)
+        acc = acc * older + weight * tl.load(acc_in + at * DIM + dim, mask=dim < DIM, other=0.0)
+        total = total * older + weight
+        top = new_top
+    empty = total == 0.0
+    acc = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, total))
+    tl.store(out + row.to(tl.int64) * DIM + dim, acc.to(out.dtype.element_ty), mask=dim < DIM)
+    tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))))
+
+
+@dataclass(frozen=True)
+class Split:
+    """How lists are split, and where the parts' results lie.
+
+    each: blocks to a part
+    acc: `[batch * kv_heads, parts, group, head_dim]` float32
+    lse: `[batch * kv_heads, parts, group]` float32
+    """
+
+    each: int
+    acc: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def make(cls, pairs: int, group: int, dim: int, max_list: int, device) -> "Split":
+        if group > HEADS:
+            raise ValueError(f"group is {group}; legal: 1 to {HEADS}")
+        each = max(FEWEST, triton.cdiv(max_list, PARTS))
+        shape = (pairs, triton.cdiv(max_list, each), group)
+        return cls(
+            each,
+            torch.empty((*shape, dim), dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+        )
+
+
+def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
+    """Attend to each part of each list. Products are of the blocks' dtype: queries and weights are rounded to it.
+
+    Args:
+        q: `[batch, kv_heads, group, head_dim]` float32, group at most 16
+        blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
+    """
+    batch, kv_heads, group, dim = q.shape
+    parts = split.lse.shape[1]
+    if parts == 0:
+        return
+    _attend_split[(batch * kv_heads, parts)](
+        q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse, scale,
+        visit.blocks.shape[-1], split.each, group,
+        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS,
+    )  # fmt: skip
+
+
+def merge_parts(visit: Visit, split: Split, out, lse, host=None):
+    """Merge the parts, and the CPU's part of the lists that have one.
+
+    Args:
+        visit: the lists that were split
+        out: `[batch, kv_heads, group, head_dim]`, any float dtype; lse: `[batch, kv_heads, group]` float32
+        host: (count `[batch, kv_heads]`, out, lse float32), the CPU's; None: there is none
+    """
+    batch, kv_heads, group, dim = out.shape
+    count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
+    _merge[(batch * kv_heads, group)](
+        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], split.each, group,
+        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16),
+    )  # fmt: skip
+
+
+def attend_gpu(q, blocks, visit: Visit, scale: float):
+    """As `attend_torch`, by both kernels."""
+    batch, kv_heads, group, dim = q.shape
+    split = Split.make(batch * kv_heads, group, dim, visit.blocks.shape[-1], q.device)
+    attend_split(q, blocks, visit, split, scale)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    merge_parts(visit, split, out, lse)
+    return out, lse

@@ -1,0 +1,177 @@
+"""The learned gate of a decode step: one kernel for queries, one for running keys. As `rheoserve_sgl.ops.attn_gate`.
+
+One program a (request, KV head). A vector is held as its two halves, which is how RoPE pairs them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.gate.attn_gate import EPSILON, K_PARTS, GateWeights
+
+ROWS = 32  # of a weight matrix at a time
+
+
+@triton.jit
+def _finish(
+    a, b, norm, rope, position, out, half,
+    NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm, rotate and store both halves."""
+    at = tl.arange(0, HALF)
+    used = at < half
+    if NORM:
+        mean = (tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * half)
+        scale = 1.0 / tl.sqrt(mean + EPSILON)
+        a = a * scale * tl.load(norm + at, mask=used, other=0.0)
+        b = b * scale * tl.load(norm + half + at, mask=used, other=0.0)
+    if ROPE:
+        cosine = tl.load(rope + position * 2 * half + at, mask=used, other=0.0)
+        sine = tl.load(rope + position * 2 * half + half + at, mask=used, other=0.0)
+        rotated = a * cosine - b * sine
+        b = b * cosine + a * sine
+        a = rotated
+    tl.store(out + at, a, mask=used)
+    tl.store(out + half + at, b, mask=used)
+
+
+@triton.jit
+def _queries(
+    q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
+    KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    EPSILON: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    row = pair // kv_heads
+    head = pair % kv_heads
+    at = tl.arange(0, HALF)
+    used = at < half
+    a = tl.zeros([HALF], tl.float32)
+    b = tl.zeros([HALF], tl.float32)
+    own = q + pair * group * dim
+    if KIND == 0:  # the average itself
+        for g in range(group):
+            a += tl.load(own + g * dim + at, mask=used, other=0.0).to(tl.float32) / group
+            b += tl.load(own + g * dim + half + at, mask=used, other=0.0).to(tl.float32) / group
+    else:
+        for first in range(0, inputs, ROWS):
+            i = first + tl.arange(0, ROWS)
+            there = i < inputs
+            if KIND == 1:  # a projection of the average
+                x = tl.zeros([ROWS], tl.float32)
+                for g in range(group):
+                    x += tl.load(own + g * dim + i, mask=there, other=0.0).to(tl.float32) / group
+            else:
+                x = tl.load(own + i, mask=there, other=0.0).to(tl.float32)
+            matrix = weights + (head.to(tl.int64) * inputs + i[:, None]) * 2 * half + at[None, :]
+            inside = there[:, None] & used[None, :]
+            a += tl.sum(x[:, None] * tl.load(matrix, mask=inside, other=0.0), 0)
+            b += tl.sum(x[:, None] * tl.load(matrix + half, mask=inside, other=0.0), 0)
+    position = tl.load(positions + row).to(tl.int64)
+    _finish(a, b, norm, rope, position, out + pair * 2 * half, half, NORM, ROPE, HALF, EPSILON)
+
+
+@triton.jit
+def _keys(
+    k, newest, requests, tail_len, n_pages, running, weights, norm, rope, quick,
+    kv_heads, dim, inputs, half, key_offset,
+    MAX: tl.constexpr, MIN: tl.constexpr, AVG: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    row = pair // kv_heads
+    head = pair % kv_heads
+    tail = tl.load(tail_len + row)
+    if tail > 0:
+        i = tl.arange(0, WIDE)
+        there = i < dim
+        old = there & (tail > 1)
+        own = running + (tl.load(requests + row) * kv_heads + head) * 3 * dim + i
+        new = tl.load(k + pair * dim + i, mask=there, other=0.0).to(tl.float32)
+        high = tl.load(own, mask=old, other=float("-inf"))
+        low = tl.load(own + dim, mask=old, other=float("inf"))
+        total = tl.load(own + 2 * dim, mask=old, other=0.0) + new
+        tl.store(own, tl.where((new > high) | (new != new), new, high), mask=there)
+        tl.store(own + dim, tl.where((new < low) | (new != new), new, low), mask=there)
+        tl.store(own + 2 * dim, total, mask=there)
+        at = tl.arange(0, HALF)
+        used = at < half
+        a = tl.zeros([HALF], tl.float32)
+        b = tl.zeros([HALF], tl.float32)
+        out = quick + (tl.load(newest + row) * kv_heads + head) * 2 * half
+        if tail == TOKENS:
+            tl.debug_barrier()  # what other threads of this program stored is read below
+            base = running + (tl.load(requests + row) * kv_heads + head) * 3 * dim
+            for first in range(0, inputs, ROWS):
+                j = first + tl.arange(0, ROWS)
+                inside = j < inputs
+                # Which of max, min and sum the rows of the matrix stand for, in the order of K_PARTS.
+                part = j // dim
+                kind = part
+                if MAX == 0:
+                    kind = kind + 1
+                if MIN == 0:
+                    kind = tl.where(kind >= 1, kind + 1, kind)
+                x = tl.load(base + kind * dim + j % dim, mask=inside, other=0.0)
+                x = tl.where(kind == 2, x / TOKENS, x)
+                matrix = weights + (head.to(tl.int64) * inputs + j[:, None]) * 2 * half + at[None, :]
+                both = inside[:, None] & used[None, :]
+                a += tl.sum(x[:, None] * tl.load(matrix, mask=both, other=0.0), 0)
+                b += tl.sum(x[:, None] * tl.load(matrix + half, mask=both, other=0.0), 0)
+            position = (tl.load(n_pages + row) - 1).to(tl.int64) * TOKENS + key_offset
+            _finish(a, b, norm, rope, position, out, half, NORM, ROPE, HALF, EPSILON)
+        else:
+            tl.store(out + at, a, mask=used)
+            tl.store(out + half + at, b, mask=used)
+
+
+def gate_queries_gpu(weights: GateWeights, plain, positions, out):
+    """Gate queries of a step into out `[batch, kv_heads, gate_dim]` float32.
+
+    Args:
+        plain: `[batch, kv_heads, group, head_dim]`, any float dtype
+        positions: `[batch]` int64
+    """
+    batch, kv_heads, group, dim = plain.shape
+    width = out.shape[-1]
+    kind = 0 if weights.q is None else weights.q.ndim - 2
+    inputs = dim if kind < 2 else group * dim
+    _queries[(batch * kv_heads,)](
+        plain, positions, *_or_any(plain, weights.q, weights.q_norm, weights.rope), out,
+        kv_heads, group, dim, inputs, width // 2,
+        KIND=kind, **_options(weights.q_norm, weights.rope, width),
+    )  # fmt: skip
+
+
+def gate_keys_gpu(weights: GateWeights, plain, tables, running, quick, rotate_last: bool = False):
+    """As `gate_keys` for one token a request, on its newest page.
+
+    Args:
+        plain: `[batch, kv_heads, head_dim]`, any float dtype
+        tables: Tables
+    """
+    batch, kv_heads, dim = plain.shape
+    parts = {part.upper(): int(part in weights.parts) for part in K_PARTS}
+    _keys[(batch * kv_heads,)](
+        plain, tables.newest, tables.requests, tables.tail_len, tables.n_pages, running,
+        *_or_any(plain, weights.k, weights.k_norm, weights.rope), quick,
+        kv_heads, dim, len(weights.parts) * dim, weights.gate_dim // 2, PAGE_TOKENS - 1 if rotate_last else 0,
+        **parts, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
+        **_options(weights.k_norm, weights.rope, weights.gate_dim),
+    )  # fmt: skip
+
+
+def _or_any(any_: torch.Tensor, *tensors):
+    """What is left out is not read, but a kernel wants an address."""
+    return [any_ if tensor is None else tensor for tensor in tensors]
+
+
+def _options(norm, rope, width: int) -> dict:
+    return {
+        "NORM": norm is not None,
+        "ROPE": rope is not None,
+        "HALF": max(triton.next_power_of_2(width // 2), 16),
+        "ROWS": ROWS,
+        "EPSILON": EPSILON,
+    }

@@ -1,0 +1,158 @@
+"""Scores, selection, recorder and both lists of a decode step, one program for each (request, KV head).
+
+The same selection as `rheoserve_sgl.ops.plan.plan_torch`. The visit list and the query go to pinned memory, where
+the CPU reads them when it is asked.
+"""
+
+import triton
+import triton.language as tl
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.gpu.score import HEADS, PAGES
+from rheoserve_sgl.ops.plan import Rule, Select
+
+LOWEST = -(1 << 31)
+
+
+@triton.jit
+def _ordered(x):
+    """int32 that are ordered as the float32 are; NaN is the largest."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x != x, 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _scores(
+    logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles,
+    TILES: tl.constexpr, PAGES: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    """The best log-softmax over the query heads, `[NP]`; -inf beyond count."""
+    best = tl.full([NP], float("-inf"), tl.float32)
+    tile = tl.arange(0, TILES)
+    for head in range(heads):
+        row = (pair * heads + head).to(tl.int64)
+        there = tile * PAGES < count
+        tops = tl.load(tile_max + row * tiles + tile, mask=there, other=float("-inf"))
+        sums = tl.load(tile_sum + row * tiles + tile, mask=there, other=0.0)
+        top = tl.max(tops, 0)
+        lse = top + tl.log(tl.sum(tl.where(there, sums * tl.exp(tops - top), 0.0), 0))
+        own = tl.load(logits + row * max_pages + at, mask=at < count, other=float("-inf")) - lse
+        best = tl.where((own > best) | (own != own), own, best)
+    return best
+
+
+@triton.jit
+def _best(key, open_, room):
+    """The `room` largest of the open ones; of equal ones the first."""
+    low = tl.full([], -2147483648, tl.int64)
+    high = tl.full([], 2147483648, tl.int64)
+    wide = key.to(tl.int64)
+    # The largest bound that at least `room` keys reach.
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = tl.sum((open_ & (wide >= middle)).to(tl.int32), 0) >= room
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    above = open_ & (wide > low)
+    equal = open_ & (wide == low)
+    left = room - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+
+
+@triton.jit
+def _plan(
+    logits, tile_max, tile_sum, pages, n_pages, tail_len, frame_of, importance, weight, budgets, q, q_out,
+    frames, frame_count, frame_last, visits, visit_count, visit_last, totals,
+    kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
+    SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, PAGES: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    row = pair // kv_heads
+    head = pair % kv_heads
+    count = tl.load(n_pages + row)
+    at = tl.arange(0, NP)
+    valid = at < count
+    forced = valid & ((at < sink) | (at >= count - 1 - window))
+    page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
+    block = page * kv_heads + head
+    if RECORD:
+        best = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, NP)
+        tl.atomic_add(importance + block, tl.exp(best) * tl.load(weight), mask=valid & (best == best), sem="relaxed")
+    if SELECT == 0:
+        chosen = valid
+    elif SELECT == 1:
+        chosen = forced
+    elif SELECT == 2:
+        room = tl.load(budgets + row) - tl.sum(forced.to(tl.int32), 0)
+        rest = valid & (forced == 0)
+        chosen = forced
+        if room > 0:
+            chosen = forced | _best(_ordered(best), rest, room)
+    else:
+        chosen = forced | (valid & ((best > log_threshold) | (best != best)))
+    frame = tl.load(frame_of + block, mask=valid, other=-1)
+    resident = valid & (frame >= 0)
+    outside = chosen & (frame < 0)
+    if SELECTED_ONLY:
+        resident = resident & chosen
+    tail = tl.load(tail_len + row)
+    list_at = pair.to(tl.int64) * max_pages
+    place = tl.cumsum(resident.to(tl.int32), 0) - 1
+    tl.store(frames + list_at + place, frame, mask=resident)
+    on_device = tl.sum(resident.to(tl.int32), 0)
+    tl.store(frame_count + pair, on_device)
+    has_tail = tl.sum((resident & (at == count - 1)).to(tl.int32), 0) > 0
+    tl.store(frame_last + pair, tl.where(has_tail, tail, TOKENS))
+    place = tl.cumsum(outside.to(tl.int32), 0) - 1
+    tl.store(visits + list_at + place, block.to(tl.int32), mask=outside)
+    on_host = tl.sum(outside.to(tl.int32), 0)
+    tl.store(visit_count + pair, on_host)
+    has_tail = tl.sum((outside & (at == count - 1)).to(tl.int32), 0) > 0
+    tl.store(visit_last + pair, tl.where(has_tail, tail, TOKENS))
+    tl.atomic_add(totals, on_device.to(tl.int64), sem="relaxed")
+    tl.atomic_add(totals + 1, on_host.to(tl.int64), sem="relaxed")
+    if on_host > 0:
+        query = tl.arange(0, QUERIES)
+        dim = tl.arange(0, WIDE)
+        used = (query < q_heads)[:, None] & (dim < DIM)[None, :]
+        where = (pair * q_heads + query)[:, None] * DIM + dim[None, :]
+        tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0), mask=used)
+
+
+def plan_gpu(rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, totals):
+    """Select, record, and fill both lists.
+
+    Args:
+        rule: Rule; its budget is in `budgets`
+        q: `[batch, kv_heads, group, head_dim]` float32
+        tables: Tables
+        scratch: what `score_tiles` filled; None where the rule needs no scores and nothing is recorded
+        frame_of: `[all_pages, kv_heads]` int32
+        importance: `[all_pages, kv_heads]` float32; each page's gets exp(score) * weight more
+        weight: `[1]` float32
+        budgets: `[batch]` int32, pages that a KV head may select
+        exchange: Exchange, pinned: gets the visit lists, and the queries of those with any
+        device: Visit, gets the resident lists
+        totals: `[2]` int64, gets the blocks listed for the device and for the CPU
+    """
+    batch, kv_heads, group, dim = q.shape
+    max_pages = tables.pages.shape[1]
+    tiles = triton.cdiv(max_pages, PAGES)
+    width = max(triton.next_power_of_2(max_pages), 16)
+    record = scratch is not None
+    logits, tile_max, tile_sum = (scratch.logits, scratch.tile_max, scratch.tile_sum) if record else (q, q, q)
+    _plan[(batch * kv_heads,)](
+        logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, frame_of, importance, weight,
+        budgets, q, exchange.q, device.blocks, device.count, device.last_len,
+        exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, totals,
+        kv_heads, logits.shape[2] if record else 0, group, max_pages, tiles,
+        rule.sink_pages, rule.window_pages, rule.log_threshold,
+        SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, RECORD=record,
+        DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES, NP=width,
+        QUERIES=HEADS, TOKENS=PAGE_TOKENS, num_warps=min(max(width // 256, 4), 16),
+    )  # fmt: skip
+
+
+assert list(Select) == [0, 1, 2, 3]  # SELECT in _plan

@@ -1,0 +1,50 @@
+"""Memory of a decode step that stays where it is, so that a CUDA graph can be captured over it."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The page table of a step; rows beyond the running requests are empty.
+
+    pages: `[batch, max_pages]` int32 logical pages
+    n_pages, tail_len: `[batch]` int32
+    newest, requests: `[batch]` int64
+    """
+
+    pages: torch.Tensor
+    n_pages: torch.Tensor
+    tail_len: torch.Tensor
+    newest: torch.Tensor
+    requests: torch.Tensor
+
+    @classmethod
+    def make(cls, batch: int, max_pages: int, device: str) -> "Tables":
+        def zeros(*shape, dtype):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            zeros(batch, max_pages, dtype=torch.int32),
+            *(zeros(batch, dtype=torch.int32) for _ in range(2)),
+            *(zeros(batch, dtype=torch.int64) for _ in range(2)),
+        )
+
+    def rows(self, count: int) -> "Tables":
+        """The first rows, in the same memory."""
+        return Tables(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the kernels of one layer hand to the next; shared by all layers.
+
+    logits: `[batch, kv_heads, heads, max_pages]` float32
+    tile_max, tile_sum: `[batch, kv_heads, heads, tiles]` float32
+    partial, partial_lse: of split attention, see attend.py
+    """
+
+    logits: torch.Tensor
+    tile_max: torch.Tensor
+    tile_sum: torch.Tensor
