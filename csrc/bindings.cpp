@@ -165,10 +165,10 @@ void score(Workers& workers, uintptr_t pages, uintptr_t n_pages, int batch, int 
 }
 
 void record(Workers& workers, uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t scores,
-            uintptr_t importance, int kv_heads, float decay) {
+            uintptr_t importance, int kv_heads, float weight) {
   const rheo::PageTable rows = table(pages, n_pages, batch, max_pages, all_pages);
   py::gil_scoped_release release;
-  rheo::record(rows, pointer<const float>(scores, "scores"), pointer<float>(importance, "importance"), kv_heads, decay, workers.pool());
+  rheo::record(rows, pointer<const float>(scores, "scores"), pointer<float>(importance, "importance"), kv_heads, weight, workers.pool());
 }
 
 void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc, uintptr_t k, uintptr_t v,

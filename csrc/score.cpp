@@ -68,24 +68,16 @@ void score(const PageTable& t, const float* gate_q, const float* quick, float* s
   });
 }
 
-void record(const PageTable& t, const float* scores, float* importance, int kv_heads, float decay, ThreadPool& pool) {
+void record(const PageTable& t, const float* scores, float* importance, int kv_heads, float weight, ThreadPool& pool) {
   check(t);
   // Heads share nothing; the rows of a head may share pages.
   for_each(pool, kv_heads, static_cast<int64_t>(t.batch) * t.max_pages * 32, [&](int h) {
-    const auto each = [&](auto&& visit) {
-      for (int b = 0; b < t.batch; ++b) {
-        const int64_t row = (static_cast<int64_t>(b) * kv_heads + h) * t.max_pages;
-        const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
-        for (int p = 0; p < t.n_pages[b]; ++p) visit(row + p, b * t.max_pages + p, importance[ids[p] * kv_heads + h]);
-      }
-    };
-    // The old values are read for all rows before any is overwritten.
-    std::vector<float> fresh(static_cast<size_t>(t.batch) * t.max_pages);
-    each([&](int64_t from, int at, float& old) {
-      fresh[at] = std::exp(scores[from]) + (decay == 0.0f ? 0.0f : decay * old);
-    });
-    each([&](int64_t, int, float& old) { old = 0.0f; });
-    each([&](int64_t, int at, float& now) { now = std::max(now, fresh[at]); });
+    for (int b = 0; b < t.batch; ++b) {
+      const float* row = scores + (static_cast<int64_t>(b) * kv_heads + h) * t.max_pages;
+      const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
+      for (int p = 0; p < t.n_pages[b]; ++p)
+        if (!std::isnan(row[p])) importance[ids[p] * kv_heads + h] += weight * std::exp(row[p]);
+    }
   });
 }
 

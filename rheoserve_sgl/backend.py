@@ -70,7 +70,7 @@ class RheoAttnBackend(AttentionBackend):
         else:
             lengths = forward_batch.extend_seq_lens_cpu
             self.writes = Writes.of_extend(self.batch, forward_batch.extend_prefix_lens_cpu, lengths)
-            self.coordinator.settle()
+            self.coordinator.begin_extend()
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         pool, batch = self.token_to_kv_pool, self.batch
@@ -82,7 +82,7 @@ class RheoAttnBackend(AttentionBackend):
             tapped = self.taps and self.taps.of_layer(layer.layer_id)
             pool.gate.refresh(pool, index, self.writes, tapped)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
-            self.coordinator.record(index, batch, scores, fresh=False)
+            self.coordinator.record(index, batch, scores)
         frame_of = pool.residency.frame_of[index]
         steps = plan(self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads)
         self.coordinator.count_visits(steps)
@@ -136,7 +136,7 @@ class RheoAttnBackend(AttentionBackend):
             last = (torch.tensor(lengths, device=q.device).cumsum(0) - 1).clamp(min=0)
             heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(last))
-            self.coordinator.record(index, batch, scores, fresh=True)
+            self.coordinator.record(index, batch, scores)
 
     def _tap(self, model) -> RopeTaps | None:
         """See queries and keys before RoPE, if the gate works on those."""

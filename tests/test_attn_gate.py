@@ -27,12 +27,15 @@ def rope(positions: int, width: int) -> torch.Tensor:
     return torch.cat((angles.cos(), angles.sin()), 1)
 
 
-def make_weights(q_pooling="Qproj", k_pooling="Kmaxminavg", norm=True, rotates=True, positions=4096) -> GateWeights:
-    config = GateConfig(64, DIM, q_pooling, k_pooling, use_qk_norm=norm)
-    tensors = {name: torch.randn(shape) / 4 for name, shape in config.shapes(SHAPE).items()}
+def make_weights(
+    q_pooling="Qproj", k_pooling="Kmaxminavg", norm=True, rotates=True, positions=4096, dim=DIM, group=GROUP
+) -> GateWeights:
+    config = GateConfig(64, dim, q_pooling, k_pooling, use_qk_norm=norm)
+    shape = ModelShape(layers=2, heads=KV_HEADS * group, kv_heads=KV_HEADS, head_dim=dim)
+    tensors = {name: torch.randn(shape) / 4 for name, shape in config.shapes(shape).items()}
     return GateWeights(
         *(tensors.get(name) for name in ("q", "k", "q_norm", "k_norm")),
-        rope=rope(positions, DIM).float() if rotates else None,
+        rope=rope(positions, dim).float() if rotates else None,
         parts=config.parts,
     )
 

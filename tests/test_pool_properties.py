@@ -122,9 +122,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.store(loc)
         for layer in range(LAYERS):
             scores = torch.randn(len(batch.pages), HEADS, batch.pages.shape[1], generator=self.random).to(self.device)
-            self.pool.coordinator.record(
-                layer, batch, scores.masked_fill(~batch.valid[:, None], -torch.inf), fresh=False
-            )
+            self.pool.coordinator.record(layer, batch, scores.masked_fill(~batch.valid[:, None], -torch.inf))
 
     @precondition(lambda self: self.lens)
     @rule(share=st.floats(0, 1))

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.parametrize("file", ["gpu_kernels.py", "gpu_step.py"])
 @pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.gpu)])
-def test_triton_kernels(interpreted):
+def test_triton_kernels(interpreted, file):
     """In a process of their own: whether Triton interprets is settled for good when it is imported."""
     env = dict(os.environ, TRITON_INTERPRET=str(int(interpreted)))
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", Path(__file__).with_name("triton_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", Path(__file__).with_name(file)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

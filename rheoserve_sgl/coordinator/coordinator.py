@@ -15,9 +15,10 @@ from rheoserve_sgl.ops.plan import Plan
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 
-# Weight of the recorder's past at each step: a block that stops mattering halves its importance in about
+# The recorder's past fades by this at each step: a block that stops mattering halves its importance in about
 # 22 steps, a little more than one default exchange interval.
 DECAY = 0.97
+MOST_WEIGHT = 1e6
 
 
 class Coordinator:
@@ -32,8 +33,9 @@ class Coordinator:
         self._freed: list[torch.Tensor] = []
         self._visited: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._steps = 0
-        self._running: list[int] = []
-        self._moved = True  # whether frames were given back since the last exchange
+        self._changed = True  # whether requests joined or left, or frames were given back, since the last exchange
+        # Of this step's scores in the importance: it grows instead of the past being multiplied down.
+        self.weight = 1.0
         seed = environ.random_exchange_seed()
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         per_layer = EXCHANGE_BYTES // max(pool.layer_num * pool.block_bytes, 1)
@@ -46,7 +48,15 @@ class Coordinator:
         """Pages went back to the allocator. Safe to call while a batch is in flight."""
         self._freed.append(pages)
 
-    request_left = page_freed  # a request left these pages; the radix tree may still hold them
+    def request_left(self, pages: torch.Tensor):
+        """A request left these pages; the radix tree may still hold them."""
+        self._freed.append(pages)
+        self._changed = True
+
+    def begin_extend(self):
+        """Call before a prefill's first layer."""
+        self.settle()
+        self._changed = True  # what is prefilled now decodes next
 
     def settle(self):
         """Apply the waiting reports: a page that left its request holds no frames."""
@@ -59,13 +69,12 @@ class Coordinator:
         pages = torch.cat(self._freed).long()
         self._freed.clear()
         if self.pool.forget_pages(pages):
-            self._moved = True
+            self._changed = True
 
     def clear(self):
         """All pages were freed at once (flush_cache)."""
         self._freed.clear()
-        self._running = []
-        self._moved = True
+        self._changed = True
         self.pool.clear()
 
     def begin_decode(self, batch: Batch):
@@ -74,17 +83,20 @@ class Coordinator:
         self._sum_visits()
         self._steps += 1
         self.counts["decode_steps"] += 1
-        running = batch.requests.tolist()
-        joined = running != self._running
-        self._running = running
-        if joined or self._moved or self._random is not None or self._steps % self.config.exchange_interval == 0:
-            self._moved = False
+        self._fade()
+        if self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0:
+            self._changed = False
             self._exchange(batch)
 
-    def record(self, layer: int, batch: Batch, log_scores: torch.Tensor, fresh: bool):
-        """Fold gate scores `[batch, kv_heads, max_pages]` into a layer's importance."""
-        decay = 0.0 if fresh else DECAY
-        record(log_scores, self.pool.importance[layer], batch.pages, batch.n_pages, decay, self.pool.threads)
+    def record(self, layer: int, batch: Batch, log_scores: torch.Tensor):
+        """Add gate scores `[batch, kv_heads, max_pages]` to a layer's importance."""
+        record(log_scores, self.pool.importance[layer], batch.pages, batch.n_pages, self.weight, self.pool.threads)
+
+    def _fade(self):
+        self.weight /= DECAY
+        if self.weight > MOST_WEIGHT:
+            self.pool.importance /= self.weight
+            self.weight = 1.0
 
     def count_visits(self, plan: Plan):
         """Count the blocks that one layer's plan attends in each tier."""

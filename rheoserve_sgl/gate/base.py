@@ -29,9 +29,11 @@ class Gate(ABC):
     """Scores the blocks of a pool for queries.
 
     needs_taps: whether it works on queries and keys before RoPE
+    kind: the form of its kernels on a GPU (ops/gpu): "max_min", "mean" or "seer"; "" where there is none
     """
 
     needs_taps = False
+    kind = ""
 
     @abstractmethod
     def key_dim(self, head_dim: int) -> int:

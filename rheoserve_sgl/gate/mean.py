@@ -11,6 +11,7 @@ from rheoserve_sgl.gate.base import PooledGate
 
 class MeanGate(PooledGate):
     pooling = 1
+    kind = "mean"
 
     def key_dim(self, head_dim: int) -> int:
         return head_dim

@@ -12,6 +12,7 @@ from rheoserve_sgl.gate.base import PooledGate
 
 class QuestGate(PooledGate):
     pooling = 0
+    kind = "max_min"
 
     def key_dim(self, head_dim: int) -> int:
         return 2 * head_dim

@@ -25,6 +25,7 @@ class SeerGate(Gate):
     """
 
     needs_taps = True
+    kind = "seer"
 
     def __init__(self, layers: list[GateWeights], *, rotates: bool = True, rotate_last: bool = False):
         self.layers = layers

@@ -52,41 +52,37 @@ def score_cpu(gate_q, quick, pages, n_pages, scale: float, threads: int = 1):
     return scores
 
 
-def record(scores, importance, pages, n_pages, decay: float, threads: int = 1):
-    """Fold one step's scores into a layer's importance, in place: exp(score) + decay * importance.
-
-    A page that several requests share takes the largest of their values.
+def record(scores, importance, pages, n_pages, weight: float, threads: int = 1):
+    """Add one step's scores to a layer's importance, in place: weight * exp(score); a NaN adds nothing.
 
     Args:
         scores: `[batch, kv_heads, max_pages]` float32 log probabilities
         importance: `[all_pages, kv_heads]` float32
         pages, n_pages, threads: as for `score`
-        decay: weight of the past; 0 starts afresh
+        weight: of this step; where it grows from step to step, the past decays
     """
     if pages.device.type == "cpu":
-        record_cpu(scores, importance, pages, n_pages, decay, threads)
+        record_cpu(scores, importance, pages, n_pages, weight, threads)
     else:
-        record_torch(scores, importance, pages, n_pages, decay)
+        record_torch(scores, importance, pages, n_pages, weight)
 
 
-def record_torch(scores, importance, pages, n_pages, decay: float):
+def record_torch(scores, importance, pages, n_pages, weight: float):
     valid = torch.arange(pages.shape[1], device=pages.device) < n_pages[:, None]
     where = torch.where(valid, pages, 0)  # page 0 is nobody's
-    values = torch.exp(scores).transpose(1, 2)
-    if decay:
-        values = values + decay * importance[where]
+    values = weight * torch.exp(scores).nan_to_num(nan=0.0).transpose(1, 2)
     index = where.reshape(-1, 1).expand(-1, importance.shape[1])
-    importance.scatter_reduce_(0, index, values.reshape(index.shape), "amax", include_self=False)
+    importance.scatter_add_(0, index, values.reshape(index.shape))
 
 
-def record_cpu(scores, importance, pages, n_pages, decay: float, threads: int = 1):
+def record_cpu(scores, importance, pages, n_pages, weight: float, threads: int = 1):
     all_pages, kv_heads = importance.shape
     worker_pool(threads).record(
         *_table(pages, n_pages, all_pages),
         address(scores, torch.float32, (len(pages), kv_heads, pages.shape[1]), "scores"),
         address(importance, torch.float32, (all_pages, kv_heads), "importance"),
         kv_heads,
-        decay,
+        weight,
     )
 
 

@@ -1,10 +1,10 @@
 """The Triton kernels against torch: test_triton.py runs this file, interpreted or compiled for a GPU."""
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
+from gpu_step import moved
 from test_attention import check, make_visit, oracle
 from test_attn_gate import make_weights
 
@@ -80,12 +80,6 @@ def test_append_equals_torch(dtype, dim):
         torch.cuda.synchronize()
     assert torch.equal(host, expected[0])
     assert torch.equal(frames.cpu()[:-1], expected[1][:-1])  # the last row is nobody's
-
-
-def moved(thing):
-    """A dataclass of tensors on the device."""
-    tensors = {name: value for name, value in vars(thing).items() if isinstance(value, torch.Tensor)}
-    return replace(thing, **{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
 
 def make_batch(lens, slots=12, context=2048, pages=200):
@@ -212,7 +206,7 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling):
     positions = lens - 1
     expected = project_query(weights, plain, positions)
     out = torch.zeros(5, 2, 32, device=DEVICE)
-    gate_queries_gpu(moved(weights), plain.to(DEVICE), positions.to(DEVICE), out)
+    gate_queries_gpu(moved(weights, DEVICE), plain.to(DEVICE), positions.to(DEVICE), out)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
 
     keys, running, quick = torch.randn(5, 2, 32), torch.randn(13, 2, 3, 32), torch.randn(100, 2, 32)
@@ -220,7 +214,7 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling):
     gate_keys_torch(weights, keys, Writes.of_decode(batch), *theirs)
     mine = running.to(DEVICE), quick.to(DEVICE)
     padded = torch.cat((keys, torch.full((2, 2, 32), torch.nan))).to(DEVICE)
-    gate_keys_gpu(moved(weights), padded, tables_of(table, where, lens), *mine)
+    gate_keys_gpu(moved(weights, DEVICE), padded, tables_of(table, where, lens), *mine)
     torch.testing.assert_close(mine[1].cpu(), theirs[1], rtol=1e-4, atol=1e-5)
     incomplete = where[[0, 3, 4]]
     assert torch.equal(mine[0].cpu()[incomplete], theirs[0][incomplete])
@@ -251,7 +245,7 @@ def test_the_cpus_answer_is_merged_where_there_is_one():
     host = attend_torch(q, blocks, theirs, 0.125)
     expected = merge_torch(*attend_torch(q, blocks, visit, 0.125), *host)
     host[0][theirs.count == 0], host[1][theirs.count == 0] = torch.nan, torch.nan  # a list without blocks has no answer
-    own = moved(visit)
+    own = moved(visit, DEVICE)
     split = Split.make(4, 4, 64, visit.blocks.shape[-1], DEVICE)
     out, lse = torch.empty(2, 2, 4, 64, device=DEVICE), torch.empty(2, 2, 4, device=DEVICE)
     attend_split(q.to(DEVICE), blocks.to(DEVICE), own, split, 0.125)

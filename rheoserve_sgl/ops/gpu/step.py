@@ -1,0 +1,121 @@
+"""One decode step on a GPU with the CPU beside it: memory that stays where it is, and a layer's kernels in order.
+
+`begin` runs before each step, outside the CUDA graph; `layer` is captured.
+"""
+
+import torch
+import triton
+
+from rheoserve_sgl.gate.attn_gate import GateWeights
+from rheoserve_sgl.ops.doorbell import Exchange
+from rheoserve_sgl.ops.gpu.append import append_gpu
+from rheoserve_sgl.ops.gpu.attend import Split, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
+from rheoserve_sgl.ops.gpu.plan import plan_gpu
+from rheoserve_sgl.ops.gpu.score import PAGES, score_tiles
+from rheoserve_sgl.ops.gpu.snapshot import snapshot
+from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
+from rheoserve_sgl.ops.plan import Rule, Visit
+
+
+class GpuStep:
+    """Decodes up to `batch` requests of up to `max_pages` pages, with `group` query heads to a KV head.
+
+    Args:
+        pool: TwoTierKVPool, frames on the GPU and the host store pinned
+        rules: each layer's
+        exchange: pinned memory for the questions to the CPU, `[batch, kv_heads, ...]`
+        asker: asks the CPU about the next layer in turn: Asker
+    """
+
+    def __init__(self, pool, rules: list[Rule], exchange: Exchange, asker):
+        self.pool, self.rules, self.exchange, self.asker = pool, rules, exchange, asker
+        batch, kv_heads, group, dim = exchange.q.shape
+        max_pages = exchange.visit.blocks.shape[-1]
+        device = pool.device
+        self.tables = Tables.make(batch, max_pages, device)
+        self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
+        self.split = Split.make(batch * kv_heads, group, dim, max_pages, device)
+        self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
+        self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.weight = torch.ones(1, dtype=torch.float32, device=device)  # of this step's scores in the importance
+        self.totals = torch.zeros(2, dtype=torch.int64, device=device)  # blocks listed for the device, for the CPU
+        self._rows = torch.zeros(1, dtype=torch.int32, device=device)
+        self.kind = pool.gate.kind
+        self.selects = any(rule.needs_scores for rule in rules)
+        self.scratch = self._scratch(batch, kv_heads, group, max_pages, device) if self.selects else None
+        width = pool.gate.key_dim(dim)
+        self.gate_q = torch.zeros((batch, kv_heads, 1, width), dtype=torch.float32, device=device)
+
+    def begin(self, req_to_token, slots, lens, rows: int, batch: int, budget_pages: int, weight: float):
+        """Before a step: its page table, in stream order.
+
+        Args:
+            slots, lens: `[>= rows]` int64, rows of req_to_token and lengths, the new token included
+            rows: requests; batch: with the padding that a CUDA graph adds
+            budget_pages: pages that a KV head may select
+            weight: of this step's scores in the importance of blocks
+        """
+        snapshot(req_to_token, slots, lens, rows, self.tables.rows(batch))
+        self.budgets.fill_(budget_pages)
+        self.weight.fill_(weight)
+        self._rows.fill_(rows)
+        self.exchange.batch.copy_(self._rows, non_blocking=True)
+
+    def layer(self, index: int, q, k, v, loc, scale: float, tapped=None) -> torch.Tensor:
+        """One layer's attention for the new tokens: `[batch, q_heads * head_dim]` in the dtype of q.
+
+        Args:
+            q: `[batch, q_heads * head_dim]`; k, v: `[batch, kv_heads, head_dim]`
+            loc: `[batch]` int64, where the tokens are stored; 0 for padding
+            tapped: Tapped, for a learned gate
+        """
+        pool, rule = self.pool, self.rules[index]
+        batch = len(q)
+        _, kv_heads, group, dim = self.exchange.q.shape
+        tables, visit = self.tables.rows(batch), rows_of(self.device_visit, batch)
+        frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
+        heads = q.float().view(batch, kv_heads, group, dim)
+        append_gpu(
+            pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
+            quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
+        )  # fmt: skip
+        scratch = self._score(index, heads, tables, quick, scale, tapped) if self.selects else None
+        exchange = self.exchange
+        plan_gpu(
+            rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, exchange, visit,
+            self.totals,
+        )  # fmt: skip
+        self.asker.ring()
+        attend_split(heads, pool.frames.layers[index], visit, self.split, scale)
+        self.asker.wait()
+        out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
+        merge_parts(visit, self.split, out, self.lse, (exchange.visit.count, exchange.out, exchange.lse))
+        return out.view(batch, -1)
+
+    def _score(self, index: int, heads, tables: Tables, quick, scale: float, tapped) -> Scratch:
+        if self.kind != "seer":
+            score_tiles(heads, quick, tables, self.scratch, scale, "range" if self.kind == "max_min" else "dot")
+            return self.scratch
+        gate = self.pool.gate
+        weights: GateWeights = gate.layers[index]
+        batch, kv_heads, _, dim = heads.shape
+        gate_keys_gpu(
+            weights, tapped.k.view(batch, kv_heads, dim), tables, gate.running[index], quick, gate.rotate_last
+        )
+        query = self.gate_q[:batch]
+        gate_queries_gpu(weights, tapped.q.view(heads.shape), tapped.positions, query[:, :, 0])
+        score_tiles(query, quick, tables, self.scratch, weights.gate_dim**-0.5, "dot")
+        return self.scratch
+
+    def _scratch(self, batch: int, kv_heads: int, group: int, max_pages: int, device) -> Scratch:
+        shape = (batch, kv_heads, 1 if self.kind == "seer" else group)
+        tiles = triton.cdiv(max_pages, PAGES)
+        return Scratch(
+            *(torch.zeros((*shape, width), dtype=torch.float32, device=device) for width in (max_pages, tiles, tiles))
+        )
+
+
+def rows_of(visit: Visit, count: int) -> Visit:
+    """The first rows of a list, in the same memory."""
+    return Visit(*(tensor[:count] for tensor in vars(visit).values()))
