@@ -107,9 +107,11 @@ def reference(checkpoints, tmp_path_factory):
     ("args", "env"),
     [
         (["--rheoserve-mode", "full"], {}),
+        (["--rheoserve-mode", "full", "--disable-cuda-graph"], {}),
         (["--rheoserve-token-budget", "16384"], {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}),
+        (["--rheoserve-token-budget", "16384", "--rheoserve-selector", "mean", "--disable-cuda-graph"], {}),
     ],
-    ids=["full", "balanced-random-exchange"],
+    ids=["full", "full-without-graphs", "balanced-random-exchange", "balanced-mean-without-graphs"],
 )
 def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints, tmp_path):
     """Tokens are equal up to a step where the two best are within rounding; log probabilities up to there."""

@@ -55,7 +55,7 @@ def build_pool(original, configurator, **kwargs):
     layers = configurator.layer_info
     config = RheoConfig.from_server_args(configurator.server_args)
     if config.host_threads is None:
-        config = replace(config, host_threads=max(usable_threads() // get_world_group().world_size, 1))
+        config = replace(config, host_threads=_default_threads(configurator.device))
     gate, config = build_gate(config, model, configurator.device)
     pool = TwoTierKVPool(
         kwargs["sizes"].max_total_num_tokens,
@@ -104,6 +104,12 @@ def build_allocator(original, configurator, **kwargs):
         kvcache=pool,
         need_sort=False,
     )
+
+
+def _default_threads(device) -> int:
+    """This rank's part of the processors; beside a GPU some are left to SGLang's own processes."""
+    own = usable_threads() // get_world_group().world_size
+    return max(own if torch.device(device).type == "cpu" else own - 2, 1)
 
 
 def _token_bytes(configurator) -> int:
