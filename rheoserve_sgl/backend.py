@@ -189,9 +189,7 @@ class RheoAttnBackend(AttentionBackend):
         first, *others = attention_layers(model_runner.model).values()
         for layer in others:
             if layer.scaling != first.scaling:
-                raise ValueError(
-                    f"layer {layer.layer_id} has the softmax scale {layer.scaling}, layer 0 {first.scaling}"
-                )
+                raise ValueError(f"layer {layer.layer_id} scales logits by {layer.scaling}, layer 0 by {first.scaling}")
         slots, context = self.req_to_token_pool.req_to_token.shape
         world = get_world_group()
         return GpuDecode(
