@@ -138,9 +138,9 @@ def test_score_and_plan_equal_torch(rule, selector, heads):
 
     tables = tables_of(table, where, lens)
     rows, max_pages = tables.pages.shape
-    tiles = -(-max_pages // 64)
-    shape = (rows, kv_heads, heads)
-    scratch = Scratch(*(torch.full((*shape, n), torch.nan, device=DEVICE) for n in (max_pages, tiles, tiles)))
+    scratch = Scratch.make(rows, kv_heads, heads, max_pages, DEVICE)
+    for part in vars(scratch).values():
+        part.fill_(torch.nan)
     exchange = Exchange.make(rows, kv_heads, heads, dim, max_pages, pin=DEVICE == "cuda")
     pairs = (rows, kv_heads)
     lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((*pairs, max_pages), pairs, pairs)]
@@ -177,7 +177,7 @@ def test_selection_with_nan_and_a_budget_beyond_the_pages():
         if nan:
             quick[batch.pages[0, 4]] = torch.nan
         tables = tables_of(table, where, lens, rows_more=0)
-        scratch = Scratch(*(torch.zeros(1, 1, 1, n, device=DEVICE) for n in (16, 1, 1)))
+        scratch = Scratch.make(1, 1, 1, 16, DEVICE)
         exchange = Exchange.make(1, 1, 1, 64, 16, pin=DEVICE == "cuda")
         device = Visit(*(torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((1, 1, 16), (1, 1), (1, 1))))
         q, quick = torch.randn(1, 1, 1, 64).to(DEVICE), quick.to(DEVICE)

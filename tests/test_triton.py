@@ -1,4 +1,4 @@
-"""The Triton kernels: under Triton's interpreter on any machine, compiled on a GPU."""
+"""The Triton kernels: under Triton's interpreter on any machine, compiled for several GPUs, run on one."""
 
 import os
 import subprocess
@@ -16,3 +16,12 @@ def test_triton_kernels(interpreted, file):
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", Path(__file__).with_name(file)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("capability", ["80", "89", "90"])
+def test_kernels_compile_for_ampere_ada_and_hopper(capability):
+    command = [sys.executable, "-W", "ignore", Path(__file__).with_name("compile_kernels.py"), capability]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    names = run.stdout.partition("compiled: ")[2].split()
+    assert {"_append", "_snapshot", "_score", "_plan", "_attend_split", "_merge", "_queries", "_keys"} <= set(names)

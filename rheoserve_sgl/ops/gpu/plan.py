@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.ops.gpu.score import HEADS, PAGES
+from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
 
-LOWEST = -(1 << 31)
+QUERIES = 16  # query heads to a KV head, at most
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def plan_gpu(rule: Rule, q, tables, scratch, frame_of, importance, weight, budge
         rule.sink_pages, rule.window_pages, rule.log_threshold,
         SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, RECORD=record,
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES, NP=width,
-        QUERIES=HEADS, TOKENS=PAGE_TOKENS, num_warps=min(max(width // 256, 4), 16),
+        QUERIES=QUERIES, TOKENS=PAGE_TOKENS, num_warps=min(max(width // 256, 4), 16),
     )  # fmt: skip
 
 

@@ -6,45 +6,43 @@
 import triton
 import triton.language as tl
 
-PAGES = 64  # of a tile
-HEADS = 16  # the smallest tile of tl.dot
+PAGES = 32  # of a tile
 KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by both signs of a query
 
 
 @triton.jit
 def _score(
     q, quick, pages, n_pages, logits, tile_max, tile_sum, scale, kv_heads, heads, max_pages, tiles,
-    DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     tile = tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
     if tile * PAGES < count:
-        head = tl.arange(0, HEADS)
         dim = tl.arange(0, WIDE)
         at = tile * PAGES + tl.arange(0, PAGES)
         valid = at < count
         page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
         width = 2 * DIM if RANGE else DIM
-        key = quick + (page * kv_heads + pair % kv_heads) * width
-        used = (head < heads)[:, None] & (dim < DIM)[None, :]
-        queries = tl.load(q + (pair * heads + head)[:, None] * DIM + dim[None, :], mask=used, other=0.0)
-        inside = valid[None, :] & (dim < DIM)[:, None]
-        first = tl.load(key[None, :] + dim[:, None], mask=inside, other=0.0)
+        key = quick + (page * kv_heads + pair % kv_heads)[:, None] * width + dim[None, :]
+        inside = valid[:, None] & (dim < DIM)[None, :]
+        first = tl.load(key, mask=inside, other=0.0)
         if RANGE:
-            second = tl.load(key[None, :] + DIM + dim[:, None], mask=inside, other=0.0)
-            found = tl.dot(tl.maximum(queries, 0.0), first, input_precision="ieee")
-            found += tl.dot(tl.minimum(queries, 0.0), second, input_precision="ieee")
-        else:
-            found = tl.dot(queries, first, input_precision="ieee")
-        found = tl.where(valid[None, :], found * scale, float("-inf"))
-        top = tl.max(found, 1)
-        total = tl.sum(tl.exp(found - top[:, None]), 1)
-        out = (pair * heads + head).to(tl.int64)
-        tl.store(logits + out[:, None] * max_pages + at[None, :], found, mask=(head < heads)[:, None] & valid[None, :])
-        tl.store(tile_max + out * tiles + tile, top, mask=head < heads)
-        tl.store(tile_sum + out * tiles + tile, total, mask=head < heads)
+            second = tl.load(key + DIM, mask=inside, other=0.0)
+        # A page is read once for all heads; a group is too small for the tiles of tl.dot.
+        for head in range(heads):
+            out = (pair * heads + head).to(tl.int64)
+            query = tl.load(q + out * DIM + dim, mask=dim < DIM, other=0.0)[None, :]
+            if RANGE:
+                found = tl.sum(tl.maximum(query, 0.0) * first + tl.minimum(query, 0.0) * second, 1)
+            else:
+                found = tl.sum(query * first, 1)
+            found = tl.where(valid, found * scale, float("-inf"))
+            top = tl.max(found, 0)
+            tl.store(logits + out * max_pages + at, found, mask=valid)
+            tl.store(tile_max + out * tiles + tile, top)
+            tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top), 0))
 
 
 def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
@@ -60,5 +58,5 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     _score[(batch * kv_heads, tiles)](
         q, quick, tables.pages, tables.n_pages, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
         kv_heads, heads, max_pages, tiles,
-        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES, HEADS=HEADS,
+        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
     )  # fmt: skip

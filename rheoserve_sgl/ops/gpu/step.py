@@ -4,7 +4,6 @@
 """
 
 import torch
-import triton
 
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
@@ -12,7 +11,7 @@ from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import Split, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
-from rheoserve_sgl.ops.gpu.score import PAGES, score_tiles
+from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
 from rheoserve_sgl.ops.plan import Rule, Visit
@@ -43,7 +42,8 @@ class GpuStep:
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
-        self.scratch = self._scratch(batch, kv_heads, group, max_pages, device) if self.selects else None
+        heads = 1 if self.kind == "seer" else group
+        self.scratch = Scratch.make(batch, kv_heads, heads, max_pages, device) if self.selects else None
         width = pool.gate.key_dim(dim)
         self.gate_q = torch.zeros((batch, kv_heads, 1, width), dtype=torch.float32, device=device)
 
@@ -107,13 +107,6 @@ class GpuStep:
         gate_queries_gpu(weights, tapped.q.view(heads.shape), tapped.positions, query[:, :, 0])
         score_tiles(query, quick, tables, self.scratch, weights.gate_dim**-0.5, "dot")
         return self.scratch
-
-    def _scratch(self, batch: int, kv_heads: int, group: int, max_pages: int, device) -> Scratch:
-        shape = (batch, kv_heads, 1 if self.kind == "seer" else group)
-        tiles = triton.cdiv(max_pages, PAGES)
-        return Scratch(
-            *(torch.zeros((*shape, width), dtype=torch.float32, device=device) for width in (max_pages, tiles, tiles))
-        )
 
 
 def rows_of(visit: Visit, count: int) -> Visit:

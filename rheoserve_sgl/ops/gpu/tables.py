@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+import triton
+
+from rheoserve_sgl.ops.gpu.score import PAGES
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,14 @@ class Scratch:
 
     logits: `[batch, kv_heads, heads, max_pages]` float32
     tile_max, tile_sum: `[batch, kv_heads, heads, tiles]` float32
-    partial, partial_lse: of split attention, see attend.py
     """
 
     logits: torch.Tensor
     tile_max: torch.Tensor
     tile_sum: torch.Tensor
+
+    @classmethod
+    def make(cls, batch: int, kv_heads: int, heads: int, max_pages: int, device) -> "Scratch":
+        tiles = triton.cdiv(max_pages, PAGES)
+        shapes = ((batch, kv_heads, heads, width) for width in (max_pages, tiles, tiles))
+        return cls(*(torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes))

@@ -1,0 +1,92 @@
+"""Compile every Triton kernel for a GPU that need not be here: `python compile_kernels.py 90` (its compute capability).
+
+Launches are turned into compilations, so that each kernel is compiled with the arguments it is called with.
+"""
+
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from rheoserve_sgl.gate.attn_gate import GateWeights
+from rheoserve_sgl.ops.doorbell import Exchange
+from rheoserve_sgl.ops.gpu import append, ask, attend, gate, plan, score, snapshot, tables
+from rheoserve_sgl.ops.plan import Rule, Select, Visit
+
+BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 3, 2, 4, 512, 9, 5
+compiled = []
+
+
+class Elsewhere:
+    """A driver for a GPU that is not here."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_instead(launch):
+    def run(self, *args, **kwargs):
+        kernel = launch(self, *args, **{**kwargs, "warmup": True})
+        assert kernel.asm["cubin"], self.__name__
+        compiled.append(self.__name__)
+
+    return run
+
+
+def launch_all(dtype: torch.dtype, dim: int):
+    pairs = (BATCH, KV_HEADS)
+    host = torch.zeros(ALL_PAGES, KV_HEADS, 2, 64, dim, dtype=dtype)
+    frames, k = torch.zeros(7, 2, 64, dim, dtype=dtype), torch.zeros(*pairs, dim, dtype=dtype)
+    frame_of, loc = torch.zeros(ALL_PAGES, KV_HEADS, dtype=torch.int32), torch.zeros(BATCH, dtype=torch.int64)
+    importance, q = torch.zeros(ALL_PAGES, KV_HEADS), torch.zeros(*pairs, GROUP, dim)
+    for keys in append.KEYS:
+        append.append_gpu(host, frames, frame_of, loc, k, k, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), keys)
+    step = tables.Tables.make(BATCH, PAGES, "cpu")
+    snapshot.snapshot(torch.zeros(SLOTS, PAGES * 64, dtype=torch.int32), loc, loc, 2, step)
+    scratch = tables.Scratch.make(*pairs, GROUP, PAGES, "cpu")
+    score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), step, scratch, 0.1, "range")
+    score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim), step, scratch, 0.1, "dot")
+    exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
+    visit = Visit(*(torch.zeros_like(tensor) for tensor in vars(exchange.visit).values()))
+    budgets, totals = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    for select in Select:
+        for scored in (scratch, None) if select in (Select.ALL, Select.FORCED) else (scratch,):
+            rule = Rule(select, 1, 8, selected_only=select == Select.FORCED)
+            plan.plan_gpu(
+                rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, totals
+            )  # fmt: skip
+    split = attend.Split.make(BATCH * KV_HEADS, GROUP, dim, PAGES, "cpu")
+    attend.attend_split(q, frames, visit, split, 0.1)
+    answer = (exchange.visit.count, exchange.out, exchange.lse)
+    attend.merge_parts(visit, split, torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP), answer)
+    matrices = torch.zeros(KV_HEADS, GROUP, dim, dim), torch.zeros(KV_HEADS, 3 * dim, dim)
+    weights = GateWeights(*matrices, *torch.zeros(2, dim), torch.zeros(9, dim))
+    gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
+    running = torch.zeros(SLOTS, KV_HEADS, 3, dim)
+    gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim))
+
+
+def main():
+    driver.set_active(Elsewhere(int(sys.argv[1])))
+    JITFunction.run = compile_instead(JITFunction.run)
+    for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80)):
+        launch_all(dtype, dim)
+    bell = torch.zeros(3, 8, dtype=torch.int64)
+    ask._ring[(1,)](bell[2], bell[0], num_warps=1)
+    ask._wait[(1,)](bell[2], bell[2], bell[2], bell[1], 10**9, num_warps=1)
+    print(len(compiled), "compiled:", *sorted(set(compiled)))
+
+
+if __name__ == "__main__":
+    main()
