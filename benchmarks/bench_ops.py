@@ -103,9 +103,7 @@ class Case:
         tables.pages.copy_(torch.randperm(all_pages - 1, device="cuda").view(self.batch, -1) + 1)
         tables.n_pages.fill_(self.pages)
         tables.tail_len.fill_(PAGE)
-        shape = (self.batch, KV_HEADS, GROUP)
-        tiles = -(-self.pages // 64)
-        scratch = Scratch(*(torch.zeros((*shape, n), device="cuda") for n in (self.pages, tiles, tiles)))
+        scratch = Scratch.make(self.batch, KV_HEADS, GROUP, self.pages, "cuda")
         exchange = Exchange.make(self.batch, KV_HEADS, GROUP, DIM, self.pages, pin=True)
         visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(exchange.visit).values()))
         quick = [torch.randn(all_pages, KV_HEADS, 2 * DIM, device="cuda") for _ in range(CALLS)]
