@@ -13,7 +13,7 @@ from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
-from rheoserve_sgl.ops.prefill import prefill_attention
+from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
 from rheoserve_sgl.ops.workers import cpu_variant
 from rheoserve_sgl.refusals import attention_layers, refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
@@ -49,6 +49,7 @@ class RheoAttnBackend(AttentionBackend):
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
         self.writes: Writes | None = None
+        self.staging = self._staging()
         self.gpu = self._on_gpu(model_runner) if torch.device(self.token_to_kv_pool.device).type == "cuda" else None
         logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
 
@@ -117,7 +118,7 @@ class RheoAttnBackend(AttentionBackend):
         scores = None
         if self.selects:
             tapped = self.taps and self.taps.of_layer(layer.layer_id)
-            pool.gate.refresh(pool, index, self.writes, tapped)
+            pool.gate.refresh(pool, index, self.writes, k, tapped)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
             self.coordinator.record(index, batch, scores)
         frame_of = pool.residency.frame_of[index]
@@ -140,11 +141,12 @@ class RheoAttnBackend(AttentionBackend):
         for row, (before, new) in enumerate(zip(prefixes, lengths, strict=True)):
             tokens = slice(start, start + new)
             if new:
-                prefix = self._gather_prefix(index, batch.pages[row], before)
-                out[tokens] = prefill_attention(q[tokens], k[tokens], v[tokens], prefix, layer.scaling)
+                prefill = self._prefill if self.staging is None else self._prefill_on_gpu
+                own = (tensor[tokens] for tensor in (q, k, v))
+                out[tokens] = prefill(index, *own, batch.pages[row], before, layer.scaling)
             start += new
         if save_kv_cache and self.selects:
-            self._summarise(index, q, lengths, layer)
+            self._summarise(index, q, k, lengths, layer)
         return out.view(len(out), -1)
 
     def _store(self, layer, forward_batch, k, v, save_kv_cache, extras: dict):
@@ -160,24 +162,41 @@ class RheoAttnBackend(AttentionBackend):
             what = f"attention arguments {asked}" if asked else "a layer that shares another layer's KV"
             raise NotImplementedError(f"layer {layer.layer_id}: RheoServe does not serve {what}")
 
-    def _gather_prefix(self, index: int, pages: torch.Tensor, tokens: int):
-        """K and V of a request's first tokens, `[2, kv_heads, tokens, head_dim]`, or None."""
-        if tokens == 0:
-            return None
-        needed = (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
-        prefix = self.token_to_kv_pool.host.gather(index, pages[:needed].cpu())
-        return prefix[:, :, :tokens].to(self.token_to_kv_pool.device)
+    def _prefill(self, index: int, q, k, v, pages: torch.Tensor, before: int, scale: float) -> torch.Tensor:
+        """Attention of one request's new tokens, of which `before` came earlier."""
+        prefix = None
+        if before:
+            pool = self.token_to_kv_pool
+            prefix = pool.host.gather(index, pages[: pages_of(before)].cpu())[:, :, :before].to(pool.device)
+        return prefill_attention(q, k, v, prefix, scale)
 
-    def _summarise(self, index: int, q: torch.Tensor, lengths: list[int], layer):
+    def _prefill_on_gpu(self, index: int, q, k, v, pages: torch.Tensor, before: int, scale: float) -> torch.Tensor:
+        prefix = None
+        if before:
+            pool = self.token_to_kv_pool
+            tiers = pool.host.layers[index], pool.frames.layers[index], pool.residency.frame_of[index]
+            prefix = self.staging.prefix(*tiers, pages[: pages_of(before)], before)
+        return prefill_flash(q, k, v, prefix, scale)
+
+    def _summarise(self, index: int, q: torch.Tensor, k: torch.Tensor, lengths: list[int], layer):
         """Gate keys of the pages that were written, and a first importance from each last query."""
         pool, batch = self.token_to_kv_pool, self.batch
         tapped = self.taps and self.taps.of_layer(layer.layer_id)
-        pool.gate.refresh(pool, index, self.writes, tapped)
+        pool.gate.refresh(pool, index, self.writes, k, tapped)
         if self.config.mode == "balanced":
             last = (torch.tensor(lengths, device=q.device).cumsum(0) - 1).clamp(min=0)
             heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(last))
             self.coordinator.record(index, batch, scores)
+
+    def _staging(self):
+        """Room for prefixes on a GPU, where its attention kernels take the model's dtype; else None."""
+        pool = self.token_to_kv_pool
+        if torch.device(pool.device).type != "cuda" or pool.dtype not in (torch.float16, torch.bfloat16):
+            return None
+        from rheoserve_sgl.ops.gpu.gather import Staging
+
+        return Staging(pool.head_num, pool.head_dim, pool.dtype, pool.device)
 
     def _on_gpu(self, model_runner):
         """The kernels of a decode step, or None where a gate has none (the oracle)."""
@@ -196,7 +215,7 @@ class RheoAttnBackend(AttentionBackend):
             pool,
             self.rules,
             batch=slots,
-            max_pages=(context + PAGE_TOKENS - 1) // PAGE_TOKENS,
+            max_pages=pages_of(context),
             group=first.tp_q_head_num // pool.head_num,
             scale=first.scaling,
             cpus=rank_processors(world.local_rank, world.world_size, self.threads),
@@ -210,6 +229,10 @@ class RheoAttnBackend(AttentionBackend):
         taps = RopeTaps(model)
         pool.gate.prepare(rope_table(taps.rotary), len(self.req_to_token_pool.req_to_token), pool.head_dim)
         return taps
+
+
+def pages_of(tokens: int) -> int:
+    return (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
 
 
 def decode_rule(config) -> Rule:

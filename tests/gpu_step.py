@@ -54,7 +54,7 @@ def fill(pool, pages: torch.Tensor, lens: torch.Tensor, rule: Rule):
             batch = Batch.build(table_of(pages), torch.tensor([row]), lens[row : row + 1], length, 1, 1)
             writes = Writes.of_extend(batch, [0], [length])
             writes = moved(writes, device)
-            pool.gate.refresh(pool, layer, writes, Tapped(plain, plain, writes.key_position))
+            pool.gate.refresh(pool, layer, writes, k.to(device), Tapped(plain, plain, writes.key_position))
     wanted = torch.rand(pool.residency.frame_of.shape, generator=generator) < 0.5
     used = torch.zeros(wanted.shape[1], dtype=torch.bool)
     for row, length in enumerate(lens.tolist()):
@@ -118,7 +118,7 @@ def test_steps_equal_the_cpus(name, selector):
             heads, scores = q.view(3, HEADS, GROUP, DIM), None
             tapped = Tapped(plain_q, plain_k.flatten(1), lens - 1)
             if rule.needs_scores:
-                theirs.gate.refresh(theirs, layer, writes, tapped)
+                theirs.gate.refresh(theirs, layer, writes, k, tapped)
                 scores = theirs.gate.score(theirs, layer, heads, SCALE, batch, tapped)
             frame_of = theirs.residency.frame_of[layer]
             lists = plan(rules[layer], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of)

@@ -93,7 +93,10 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def write(self, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Store tokens of layer `index`: loc `[tokens]` int64; k, v `[tokens, kv_heads, head_dim]`."""
-        append(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
+        write = append
+        if k.is_cuda:
+            from rheoserve_sgl.ops.gpu.append import append_gpu as write
+        write(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
 
     def forget_pages(self, pages: torch.Tensor) -> int:
         """Give back the frames of pages that left their owner; returns how many there were."""
