@@ -16,6 +16,7 @@ from rheoserve_sgl.ops.prefill import prefill_attention
 from rheoserve_sgl.ops.workers import worker_pool
 from rheoserve_sgl.refusals import refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
 from rheoserve_sgl.runtime.writes import Writes
 
@@ -44,6 +45,11 @@ class RheoAttnBackend(AttentionBackend):
             replace(rule, select=Select.ALL) if index < self.config.dense_layers else rule
             for index in range(self.token_to_kv_pool.layer_num)
         ]
+        self.limits = SelectionLimits(
+            len(self.req_to_token_pool.req_to_token), self.config, self.token_to_kv_pool.device
+        )
+        self.token_to_kv_pool.limits = self.limits
+        self.budgets: torch.Tensor | None = None
         self.threads = self.token_to_kv_pool.threads
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
@@ -66,6 +72,7 @@ class RheoAttnBackend(AttentionBackend):
         )
         if forward_batch.forward_mode.is_decode():
             self.writes = Writes.of_decode(self.batch, rotate_last=self.config.gate_rope == "last")
+            self.budgets = self.limits.pages[self.batch.requests]
             self.coordinator.begin_decode(self.batch)
         else:
             lengths = forward_batch.extend_seq_lens_cpu
@@ -84,7 +91,9 @@ class RheoAttnBackend(AttentionBackend):
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
             self.coordinator.record(index, batch, scores)
         frame_of = pool.residency.frame_of[index]
-        steps = plan(self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads)
+        steps = plan(
+            self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads, self.budgets
+        )
         self.coordinator.count_visits(steps)
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
