@@ -132,7 +132,7 @@ rheo::PageTable table(uintptr_t pages, uintptr_t n_pages, int batch, int max_pag
   return {pointer<const int64_t>(pages, "pages"), pointer<const int32_t>(n_pages, "n_pages"), batch, max_pages, all_pages};
 }
 
-void plan(Workers& workers, int select, int sink_pages, int window_pages, int budget_pages, float log_threshold, bool selected_only,
+void plan(Workers& workers, int select, int sink_pages, int window_pages, int budget_pages, uintptr_t budgets, float log_threshold, bool selected_only,
           uintptr_t scores, uintptr_t pages, uintptr_t n_pages, uintptr_t tail_len, uintptr_t frame_of,
           const std::vector<uintptr_t>& outputs, int batch, int kv_heads, int max_pages, int64_t all_pages) {
   require(select >= 0 && select <= 3, "select is " + std::to_string(select) + "; legal: 0 to 3");
@@ -144,6 +144,7 @@ void plan(Workers& workers, int select, int sink_pages, int window_pages, int bu
   rheo::PlanArgs args;
   args.table = table(pages, n_pages, batch, max_pages, all_pages);
   args.scores = scored ? pointer<const float>(scores, "scores") : nullptr;
+  args.budgets = reinterpret_cast<const int32_t*>(budgets);
   args.tail_len = pointer<const int32_t>(tail_len, "tail_len");
   args.frame_of = pointer<const int32_t>(frame_of, "frame_of");
   args.kv_heads = kv_heads;
@@ -263,7 +264,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("variant", &Workers::variant)
       .def_property_readonly("threads", &Workers::threads)
       .def("plan", &plan, "Selection of blocks and its split by residency.", py::kw_only(), py::arg("select"),
-           py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("log_threshold"),
+           py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("budgets"), py::arg("log_threshold"),
            py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),
            py::arg("frame_of"), py::arg("outputs"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
            py::arg("all_pages"))

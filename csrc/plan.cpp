@@ -12,7 +12,7 @@ namespace rheo {
 namespace {
 
 // Marks the selected pages of one (request, KV head) in `chosen`.
-void select(const PlanRule& rule, const float* scores, int pages, std::vector<char>& chosen, std::vector<int>& rest) {
+void select(const PlanRule& rule, int budget, const float* scores, int pages, std::vector<char>& chosen, std::vector<int>& rest) {
   chosen.assign(pages, rule.select == Select::kAll);
   if (rule.select == Select::kAll) return;
   int forced = 0;
@@ -29,7 +29,7 @@ void select(const PlanRule& rule, const float* scores, int pages, std::vector<ch
   if (rule.select == Select::kThreshold) {
     for (const int p : rest) chosen[p] = value(p) > rule.log_threshold;
   } else if (rule.select == Select::kBudget) {
-    const int want = std::min<int>(std::max(rule.budget_pages - forced, 0), static_cast<int>(rest.size()));
+    const int want = std::min<int>(std::max(budget - forced, 0), static_cast<int>(rest.size()));
     // Equal scores go to the older page, so that the choice is the same everywhere.
     const auto better = [&](int a, int b) {
       const float x = value(a), y = value(b);
@@ -56,7 +56,8 @@ void plan(const PlanRule& rule, const PlanArgs& a, ThreadPool& pool) {
     const int64_t row = static_cast<int64_t>(pair) * a.table.max_pages;
     thread_local std::vector<char> chosen;
     thread_local std::vector<int> rest;
-    select(rule, a.scores == nullptr ? nullptr : a.scores + row, pages, chosen, rest);
+    const int budget = a.budgets == nullptr ? rule.budget_pages : a.budgets[b];
+    select(rule, budget, a.scores == nullptr ? nullptr : a.scores + row, pages, chosen, rest);
     int on_device = 0, on_host = 0;
     bool tail_device = false, tail_host = false;
     for (int p = 0; p < pages; ++p) {

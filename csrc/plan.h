@@ -25,6 +25,7 @@ struct Visit {
 struct PlanArgs {
   PageTable table;
   const float* scores;      // [batch, kv_heads, max_pages], or null if the rule needs none
+  const int32_t* budgets;   // [batch] pages instead of the rule's, or null
   const int32_t* tail_len;  // [batch]
   const int32_t* frame_of;  // [all_pages, kv_heads]
   int kv_heads;

@@ -17,6 +17,7 @@ from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
 from rheoserve_sgl.ops.workers import cpu_variant
 from rheoserve_sgl.refusals import attention_layers, refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
 from rheoserve_sgl.runtime.writes import Writes
 
@@ -45,6 +46,11 @@ class RheoAttnBackend(AttentionBackend):
             replace(rule, select=Select.ALL) if index < self.config.dense_layers else rule
             for index in range(self.token_to_kv_pool.layer_num)
         ]
+        self.limits = SelectionLimits(
+            len(self.req_to_token_pool.req_to_token), self.config, self.token_to_kv_pool.device
+        )
+        self.token_to_kv_pool.limits = self.limits
+        self.budgets: torch.Tensor | None = None
         self.threads = self.token_to_kv_pool.threads
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
@@ -63,6 +69,7 @@ class RheoAttnBackend(AttentionBackend):
         self.batch = self._batch(forward_batch, forward_batch.batch_size)
         if forward_batch.forward_mode.is_decode():
             self.writes = Writes.of_decode(self.batch, rotate_last=self.config.gate_rope == "last")
+            self.budgets = self.limits.pages[self.batch.requests]
             self.coordinator.begin_decode(lambda: self.batch)
         else:
             lengths = forward_batch.extend_seq_lens_cpu
@@ -80,7 +87,7 @@ class RheoAttnBackend(AttentionBackend):
         if in_capture:
             nothing = torch.zeros(1, dtype=torch.int64, device=self.token_to_kv_pool.device)
             table = self.req_to_token_pool.req_to_token
-            return self.gpu.begin(table, nothing, nothing, 0, forward_batch.batch_size)
+            return self.gpu.begin(table, nothing, nothing, 0, forward_batch.batch_size, self.limits.pages)
         self._begin_on_gpu(forward_batch, forward_batch.batch_size - forward_batch.num_padding)
         self.gpu.expect()
 
@@ -92,6 +99,7 @@ class RheoAttnBackend(AttentionBackend):
             forward_batch.seq_lens,
             rows,
             forward_batch.batch_size,
+            self.limits.pages,
         )
 
     def _batch(self, forward_batch, rows: int) -> Batch:
@@ -122,7 +130,9 @@ class RheoAttnBackend(AttentionBackend):
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
             self.coordinator.record(index, batch, scores)
         frame_of = pool.residency.frame_of[index]
-        steps = plan(self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads)
+        steps = plan(
+            self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads, self.budgets
+        )
         self.coordinator.count_visits(steps)
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads

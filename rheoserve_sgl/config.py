@@ -61,11 +61,10 @@ class RheoConfig:
             self._refuse("threshold", "a number above 0 and below 1")
         if self.threshold is not None and self.token_budget is not None:
             self._refuse("threshold", f"only one of it and {flag('token_budget')} ({self.token_budget})")
-        always = self.sink_tokens + self.window_tokens + PAGE_TOKENS
-        if self.threshold is None and self.selects and self.budget < always:
+        if self.threshold is None and self.selects and self.budget < self.always_tokens:
             self._refuse(
                 "token_budget",
-                f"at least {always} (sink {self.sink_tokens} + window {self.window_tokens} + "
+                f"at least {self.always_tokens} (sink {self.sink_tokens} + window {self.window_tokens} + "
                 f"the newest page {PAGE_TOKENS}, which are always selected)",
                 value=self.budget,
             )
@@ -79,6 +78,11 @@ class RheoConfig:
     def budget(self) -> int:
         """Tokens selected for each KV head at each step, when there is no threshold."""
         return DEFAULT_TOKEN_BUDGET if self.token_budget is None else self.token_budget
+
+    @property
+    def always_tokens(self) -> int:
+        """Tokens that are always selected: sink, window and the newest page."""
+        return self.sink_tokens + self.window_tokens + PAGE_TOKENS
 
     @property
     def budget_pages(self) -> int:

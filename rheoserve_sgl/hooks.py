@@ -54,6 +54,13 @@ HOOKS = (
         _OURS + "lifecycle.enable_fused_set_kv_buffer",
     ),
     Hook(SRT + "mem_cache.common.release_kv_cache", "before", _OURS + "lifecycle.request_left"),
+    Hook(SRT + "mem_cache.allocation.alloc_for_extend", "after", _OURS + "request_options.requests_enter"),
+    Hook(
+        SRT + "sampling.sampling_params.SamplingParams.verify",
+        "after",
+        _OURS + "request_options.check_options",
+        role="all",
+    ),
     Hook(SRT + "managers.scheduler.Scheduler.get_internal_state", "after", _OURS + "lifecycle.add_state"),
 )
 

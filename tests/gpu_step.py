@@ -110,7 +110,8 @@ def test_steps_equal_the_cpus(name, selector):
         batch = Batch.build(table, slots, lens, int(lens.max()), rule.sink_pages, rule.window_pages)
         writes = Writes.of_decode(batch)
         loc = table[slots, lens - 1].long()
-        step.begin(table.to(DEVICE), slots.to(DEVICE), lens.to(DEVICE), 3, 5, rule.budget_pages, 1.5**at)
+        limits = torch.full((3,), rule.budget_pages, dtype=torch.int32, device=DEVICE)
+        step.begin(table.to(DEVICE), slots.to(DEVICE), lens.to(DEVICE), 3, 5, limits, 1.5**at)
         for layer in range(LAYERS):
             q, plain_q = torch.randn(2, 3, HEADS * GROUP * DIM)
             k, v, plain_k = torch.randn(3, 3, HEADS, DIM)

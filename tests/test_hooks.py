@@ -96,4 +96,5 @@ def test_main_process_gets_no_model_hooks():
         "print([t for t in ours if 'smg' not in t], ServerArgs.__name__, choices.count('rheoserve'))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert out.splitlines()[-1] == "['sglang.srt.server_args.ServerArgs'] RheoServerArgs 1"
+    ours = ["sglang.srt.sampling.sampling_params.SamplingParams.verify", "sglang.srt.server_args.ServerArgs"]
+    assert out.splitlines()[-1] == f"{ours} RheoServerArgs 1"

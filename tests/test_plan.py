@@ -1,5 +1,7 @@
 """The plan op: the C++ plan equals the torch one, and both mean what they should."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +38,23 @@ def cases(draw):
         selected_only=draw(st.booleans()),
     )
     return rule, scores, pages, n_pages, tail_len, frame_of
+
+
+@given(cases(), st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_each_request_may_have_a_budget_of_its_own(case, numbers):
+    rule, scores, pages, n_pages, tail_len, frame_of = case
+    budgets = torch.tensor([n if n % 3 == 0 else n % 14 for n in numbers[: len(pages)]], dtype=torch.int32)
+    for run in (plan_cpu, plan_torch):
+        together = run(*case, budgets=budgets)
+        for b in range(len(pages)):
+            alone = replace(rule, budget_pages=int(budgets[b]))
+            row = slice(b, b + 1)
+            single = run(alone, scores[row], pages[row], n_pages[row], tail_len[row], frame_of)
+            for visit, its in ((together.device, single.device), (together.host, single.host)):
+                assert [listed(visit, b, h) for h in range(frame_of.shape[1])] == [
+                    listed(its, 0, h) for h in range(frame_of.shape[1])
+                ]
 
 
 def listed(visit, b, h):

@@ -46,3 +46,23 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
             assert cached > len(prompt)
             # What the tree held of the first answer was computed sparsely, the rest of this prompt is dense.
             assert reference.greedy(second, answer["output_ids"], range(len(prompt), cached)) == answer["output_ids"]
+        prompt = random_prompts(9, (1000,))[0]
+        for options, blocks in (({"mode": "full"}, 99), ({"mode": "window"}, 3), ({"token_budget": 512}, 8)):
+            answer = ask(server, prompt, options).json()["output_ids"]
+            reference.budget = blocks
+            assert reference.greedy(prompt, answer) == answer, options
+        for options, words in (
+            (
+                {"token_budget": 100},
+                "custom_params.rheoserve.token_budget is 100; legal: a multiple of 64, at least 192",
+            ),
+            ({"mode": "fast"}, "custom_params.rheoserve.mode is 'fast'; legal: full, window"),
+            ({"budget": 64}, "custom_params.rheoserve.budget is 64; legal: token_budget, mode"),
+        ):
+            reply = ask(server, prompt, options)
+            assert reply.status_code == 400 and words in reply.text, reply.text
+
+
+def ask(server, prompt, options):
+    sampling = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True, "custom_params": {"rheoserve": options}}
+    return server.post("/generate", {"input_ids": prompt, "sampling_params": sampling})

@@ -58,7 +58,7 @@ class Plan:
     host: Visit  # `blocks` are `page * kv_heads + head`
 
 
-def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1) -> Plan:
+def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1, budgets=None) -> Plan:
     """Select blocks and split them by residency.
 
     Args:
@@ -68,13 +68,14 @@ def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 
         tail_len: `[batch]` int32, valid tokens of each newest page
         frame_of: `[all_pages, kv_heads]` int32, this layer's residency
         threads: size of the worker pool, where tensors are on a CPU
+        budgets: `[batch]` int32, each request's budget in pages; None: the rule's for all
     """
     if pages.device.type == "cpu":
-        return plan_cpu(rule, scores, pages, n_pages, tail_len, frame_of, threads)
-    return plan_torch(rule, scores, pages, n_pages, tail_len, frame_of)
+        return plan_cpu(rule, scores, pages, n_pages, tail_len, frame_of, threads, budgets)
+    return plan_torch(rule, scores, pages, n_pages, tail_len, frame_of, budgets)
 
 
-def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
+def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of, budgets=None) -> Plan:
     kv_heads = frame_of.shape[1]
     at = torch.arange(pages.shape[1], device=pages.device)
     valid = (at < n_pages[:, None])[:, None]  # [batch, 1, max_pages]
@@ -95,7 +96,8 @@ def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of) -> Plan:
             ranked = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~rest, -torch.inf)
             order = torch.argsort(ranked, dim=2, descending=True, stable=True)
             place = torch.empty_like(order).scatter_(2, order, at.expand_as(order))
-            room = rule.budget_pages - forced.sum(2, keepdim=True)
+            budget = rule.budget_pages if budgets is None else budgets[:, None, None]
+            room = budget - forced.sum(2, keepdim=True)
             chosen = forced | rest & (place < room)
     chosen = chosen.expand(-1, kv_heads, -1)
     frame = frame_of[pages].transpose(1, 2)  # [batch, kv_heads, max_pages]
@@ -123,7 +125,7 @@ def _compact(mask, values, last, tail_len) -> Visit:
     )
 
 
-def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1) -> Plan:
+def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1, budgets=None) -> Plan:
     batch, max_pages = pages.shape
     all_pages, kv_heads = frame_of.shape
     shape = (batch, kv_heads)
@@ -140,6 +142,7 @@ def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: in
         sink_pages=rule.sink_pages,
         window_pages=rule.window_pages,
         budget_pages=rule.budget_pages,
+        budgets=0 if budgets is None else address(budgets, torch.int32, (batch,), "budgets"),
         log_threshold=rule.log_threshold,
         selected_only=rule.selected_only,
         scores=0 if scores is None else address(scores, torch.float32, (*shape, max_pages), "scores"),

@@ -36,13 +36,16 @@ class GpuDecode:
         self.doorbell = Doorbell(exchange, stores, scale, pool.threads, cpus)
         self.asker = Asker(exchange, ANSWER_SECONDS)
         self.step = GpuStep(pool, rules, exchange, self.asker)
-        self.budget_pages = pool.config.budget_pages
         self.coordinator.gpu_totals = self.step.totals
 
-    def begin(self, req_to_token, slots, lens, rows: int, batch: int):
-        """Before a step of `rows` requests, padded to `batch`. Raises RuntimeError if an earlier step was lost."""
+    def begin(self, req_to_token, slots, lens, rows: int, batch: int, limits: torch.Tensor):
+        """Before a step of `rows` requests, padded to `batch`. Raises RuntimeError if an earlier step was lost.
+
+        Args:
+            limits: `[slots]` int32, pages that each request's KV heads may select
+        """
         self.check()
-        self.step.begin(req_to_token, slots, lens, rows, batch, self.budget_pages, self.coordinator.weight)
+        self.step.begin(req_to_token, slots, lens, rows, batch, limits, self.coordinator.weight)
 
     def expect(self):
         """A step's questions are about to come."""

@@ -47,17 +47,17 @@ class GpuStep:
         width = pool.gate.key_dim(dim)
         self.gate_q = torch.zeros((batch, kv_heads, 1, width), dtype=torch.float32, device=device)
 
-    def begin(self, req_to_token, slots, lens, rows: int, batch: int, budget_pages: int, weight: float):
+    def begin(self, req_to_token, slots, lens, rows: int, batch: int, limits, weight: float):
         """Before a step: its page table, in stream order.
 
         Args:
             slots, lens: `[>= rows]` int64, rows of req_to_token and lengths, the new token included
             rows: requests; batch: with the padding that a CUDA graph adds
-            budget_pages: pages that a KV head may select
+            limits: `[requests]` int32, pages that a KV head may select, by row of req_to_token
             weight: of this step's scores in the importance of blocks
         """
         snapshot(req_to_token, slots, lens, rows, self.tables.rows(batch))
-        self.budgets.fill_(budget_pages)
+        self.budgets[:rows] = limits[slots[:rows]]
         self.weight.fill_(weight)
         self._rows.fill_(rows)
         self.exchange.batch.copy_(self._rows, non_blocking=True)

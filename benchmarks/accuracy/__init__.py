@@ -1,0 +1,1 @@
+"""Accuracy of the modes and gates against dense attention, on a live server: `python -m benchmarks.accuracy`."""

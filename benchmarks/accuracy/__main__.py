@@ -1,0 +1,104 @@
+"""Accuracy of the modes, gates and budgets, on live servers: `python -m benchmarks.accuracy --model PATH --text FILE`.
+
+One server for each gate (and one for `balanced`) is started on the model; budgets, `full` (dense) and `window` are
+options of the requests. `--url` asks a server that runs already, with its own gate, instead. Prints a table; the last
+line is JSON. For RULER by lm-evaluation-harness, start a server and run:
+
+  lm_eval --model local-completions --tasks ruler --model_args
+      base_url=http://127.0.0.1:30000/v1/completions,model=default,tokenizer=PATH,max_length=32768
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from machine import describe_machine
+from serving import Server
+
+from benchmarks.accuracy.client import Client
+from benchmarks.accuracy.tasks import TASKS, Texts
+
+ALWAYS = 64 + 256 + 64  # sink, window and the newest page: no budget is smaller
+
+
+def systems(args) -> dict[str, tuple[list[str], list[tuple[str, dict, float | None]]]]:
+    """By name: flags of a server, and what to ask of it: (row, options, share of the context as budget)."""
+    common = ["--attention-backend", "rheoserve", "--rheoserve-window-tokens", "256"]
+    common += ["--rheoserve-gate-path", args.gate] if args.gate else []
+    common += ["--rheoserve-host-size", str(args.host_size), "--context-length", str(max(args.contexts))]
+    found = {}
+    for position, selector in enumerate(args.selectors):
+        flags = ["--rheoserve-mode", "retrieval", "--rheoserve-device-attention", "selected"]
+        asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)] if position == 0 else []
+        asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
+        found[selector] = ([*common, *flags, "--rheoserve-selector", selector], asked)
+    resident = str(max(args.contexts) // 8 // 64 * 64)
+    asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
+    flags = ["--rheoserve-device-tokens", resident, "--rheoserve-selector", args.selectors[0]]
+    found["balanced"] = ([*common, *flags], asked)
+    return found
+
+
+def measure(client: Client, texts: Texts, args, asked) -> list[dict]:
+    """Rows of the table for one server."""
+    rows = []
+    for name, fixed, share in asked:
+        for context in args.contexts:
+            budget = None if share is None else max(int(context * share) // 64 * 64, ALWAYS)
+            options = fixed if budget is None else {"token_budget": budget}
+            row = {"system": name, "context": context, "budget": budget}
+            for task in args.tasks:
+                got = [client.right(texts.sample(task, context, seed), options) for seed in range(args.samples)]
+                right, turns = (sum(numbers) for numbers in zip(*got, strict=True))
+                row[task] = right / turns
+            rows.append(row)
+            cells = " ".join(f"{100 * row[task]:11.1f}%" for task in args.tasks)
+            print(f"{name:20s} {context:8d} {budget or '-':>8} {cells}", flush=True)
+    return rows
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="local checkpoint with a chat template")
+    parser.add_argument("--url", help="of a running server of that model; else servers are started")
+    parser.add_argument("--gate", help="folder of a learned gate")
+    parser.add_argument("--text", type=Path, required=True, help="text to hide facts in")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768])
+    parser.add_argument("--budgets", type=float, nargs="*", default=[1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4])
+    parser.add_argument("--selectors", nargs="+", help="default: seer where there is a gate, quest, mean")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
+    parser.add_argument("--samples", type=int, default=20, help="of each task at each context")
+    parser.add_argument("--new-tokens", type=int, default=96, help="at most, for an answer")
+    parser.add_argument("--host-size", type=float, default=4.0, help="GB of each server's host store")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the servers")
+    args = parser.parse_args(argv)
+    args.selectors = args.selectors or [*(["seer"] if args.gate else []), "quest", "mean"]
+    return args
+
+
+def main(argv=None):
+    from transformers import AutoTokenizer
+
+    args = parse(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = Texts(tokenizer, args.text.read_text())
+    print(f"{'system':20s} {'context':>8s} {'budget':>8s} " + " ".join(f"{task:>12s}" for task in args.tasks))
+    rows = []
+    if args.url:
+        asked = [("dense", {"mode": "full"}, None), *((f"budget {share:.3f}", {}, share) for share in args.budgets)]
+        rows = measure(Client(args.url, tokenizer, args.new_tokens), texts, args, asked)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, (flags, asked) in systems(args).items():
+                with Server(args.model, [*flags, *args.flags], Path(folder) / f"{name}.log") as server:
+                    rows += measure(Client(server.url, tokenizer, args.new_tokens), texts, args, asked)
+    document = {"benchmark": "accuracy", "options": vars(args), "rows": rows, **describe_machine()}
+    print(json.dumps(document, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Tasks with one right answer each: facts hidden in source text, asked at its end, in one turn or several.
+
+After RULER (Hsieh et al., 2024): a single needle, several keys at once, variable tracking; and recall over the turns of
+a chat. Texts are cut by the model's own tokenizer to the wanted context.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.nano.facts import Fact, make_value
+
+ROOM = 300  # tokens for the questions, the template and the answers
+DISTRACTORS = 24  # other facts in the text
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is said, and the values that the answer must contain, in this order."""
+
+    text: str
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    turns: tuple[Turn, ...]
+
+
+def needle(text: Callable, draw: random.Random) -> Sample:
+    """One key, anywhere."""
+    facts = _facts(1, draw)
+    return Sample((Turn(_hide(text, facts, draw) + f"\nWhat is the value of {facts[0].name}?", (facts[0].value,)),))
+
+
+def four_needles(text: Callable, draw: random.Random) -> Sample:
+    """Four keys in one question."""
+    facts = _facts(4, draw)
+    names = ", ".join(fact.name for fact in facts[:3]) + f" and {facts[3].name}"
+    question = f"\nWhat are the values of {names}?"
+    return Sample((Turn(_hide(text, facts, draw) + question, tuple(fact.value for fact in facts)),))
+
+
+def chain(text: Callable, draw: random.Random) -> Sample:
+    """A name that stands for another one."""
+    first, second = _facts(2, draw)
+    alias = Fact(second.name, first.value, first.name)
+    question = f"\nWhat is the value of {alias.name}?"
+    return Sample((Turn(_hide(text, [first, alias], draw) + question, (first.value,)),))
+
+
+def turns(text: Callable, draw: random.Random) -> Sample:
+    """Three questions about one text; the third goes back to the first."""
+    facts = _facts(2, draw)
+    asked = [f"What is the value of {fact.name}?" for fact in (*facts, facts[0])]
+    first = Turn(_hide(text, facts, draw) + "\n" + asked[0], (facts[0].value,))
+    return Sample((first, Turn(asked[1], (facts[1].value,)), Turn(asked[2], (facts[0].value,))))
+
+
+TASKS = {"needle": needle, "four_needles": four_needles, "chain": chain, "turns": turns}
+
+
+class Texts:
+    """Stretches of source text of a wanted length.
+
+    Args:
+        tokenizer: of the model
+        corpus: documents joined by NUL characters
+    """
+
+    def __init__(self, tokenizer, corpus: str):
+        self.tokenizer = tokenizer
+        self.lines = corpus.replace("\0", "\n").splitlines(keepends=True)
+
+    def sample(self, task: str, context: int, seed: int) -> Sample:
+        """One sample whose prompt has at most `context` tokens, answers included."""
+        draw = random.Random(f"{task} {context} {seed}")
+        return TASKS[task](lambda: self._stretch(context - ROOM - 20 * DISTRACTORS, draw), draw)
+
+    def _stretch(self, tokens: int, draw: random.Random) -> list[str]:
+        picked, total, at = [], 0, draw.randrange(len(self.lines))
+        while True:
+            line = self.lines[at % len(self.lines)]
+            total += len(self.tokenizer.encode(line, add_special_tokens=False))
+            if total > tokens:
+                return picked
+            picked.append(line)
+            at += 1
+
+
+def _facts(count: int, draw: random.Random) -> list[Fact]:
+    names: set[str] = set()
+    while len(names) < count:
+        names.add("key_" + "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=5)))
+    return [Fact(name, make_value(draw)) for name in sorted(names, key=lambda _: draw.random())]
+
+
+def _hide(text: Callable, facts: list[Fact], draw: random.Random) -> str:
+    """The text with the facts in it, in their order, outside the last tenth; and others, anywhere."""
+    lines = text()
+    places = sorted(draw.randrange(max(len(lines) * 9 // 10, 1)) for _ in facts)
+    inserted = list(zip(places, facts, strict=True))
+    inserted += [(draw.randrange(len(lines) + 1), fact) for fact in _facts(DISTRACTORS, draw)]
+    for place, fact in sorted(inserted, key=lambda pair: pair[0], reverse=True):
+        lines.insert(place, fact.line)
+    return "".join(lines)

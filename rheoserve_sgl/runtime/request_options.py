@@ -1,0 +1,89 @@
+"""What one request may choose: `custom_params={"rheoserve": {...}}` of its sampling parameters.
+
+Keys: `token_budget`, tokens selected per KV head and step; or `mode`, "full" to attend to all blocks and "window" to
+sink and window only, on a server that selects by a budget. Blocks that are resident are attended on top, unless the
+server was started with `--rheoserve-device-attention selected`.
+"""
+
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.config import RheoConfig
+
+KEY = "rheoserve"
+ALL_PAGES = 2**31 - 1
+
+
+def selected_pages(custom_params, config: RheoConfig) -> int:
+    """Pages that a KV head of this request may select, sink and window included.
+
+    Args:
+        custom_params: of SGLang's SamplingParams, a dict or None
+
+    Raises:
+        ValueError: an option that does not exist or a value outside its legal ones, by name
+    """
+    options = custom_params.get(KEY) if isinstance(custom_params, dict) else None
+    if options is None:
+        return config.budget_pages
+    if not isinstance(options, dict):
+        _refuse("", options, "an object with token_budget or mode")
+    for name in options:
+        if name not in ("token_budget", "mode"):
+            _refuse("." + name, options[name], "token_budget, mode are the options")
+    mode = options.get("mode", config.mode)
+    if mode == config.mode and "token_budget" not in options:
+        return config.budget_pages
+    if not config.selects or config.threshold is not None:
+        _refuse("", options, "nothing: the server does not select by a token budget (see --rheoserve-mode)")
+    if mode not in ("full", "window", config.mode):
+        _refuse(".mode", mode, f"full, window, {config.mode}")
+    if "token_budget" not in options:
+        return ALL_PAGES if mode == "full" else 0
+    if mode != config.mode:
+        _refuse(".mode", mode, f"{config.mode} with a token_budget")
+    budget = options["token_budget"]
+    if type(budget) is not int or budget % PAGE_TOKENS or budget < config.always_tokens:
+        legal = f"a multiple of {PAGE_TOKENS}, at least {config.always_tokens} (sink, window and the newest page)"
+        _refuse(".token_budget", budget, legal)
+    return min(budget // PAGE_TOKENS, ALL_PAGES)
+
+
+def _refuse(name: str, value, legal: str):
+    raise ValueError(f"custom_params.{KEY}{name} is {value!r}; legal: {legal}")
+
+
+class SelectionLimits:
+    """Pages that each running request's KV heads may select, by SGLang's req_pool_idx: `pages` `[slots]` int32."""
+
+    def __init__(self, slots: int, config: RheoConfig, device):
+        self._config = config
+        self._known = [config.budget_pages] * slots
+        self.pages = torch.full((slots,), config.budget_pages, dtype=torch.int32, device=device)
+
+    def admit(self, slot: int, custom_params):
+        """A request takes a slot."""
+        pages = selected_pages(custom_params, self._config)
+        if self._known[slot] != pages:
+            self._known[slot] = pages
+            self.pages[slot] = pages
+
+
+def check_options(result, params, *_):
+    """AFTER `SamplingParams.verify`: a bad option is the client's error (400), before the request is queued."""
+    if isinstance(params.custom_params, dict) and KEY in params.custom_params:
+        from sglang.srt.runtime_context import get_server_args
+
+        from rheoserve_sgl.server_args import selects_rheoserve
+
+        server_args = get_server_args()
+        if selects_rheoserve(server_args):
+            selected_pages(params.custom_params, RheoConfig.from_server_args(server_args))
+
+
+def requests_enter(result, batch):
+    """AFTER `alloc_for_extend`: the batch's requests have their slots."""
+    limits = getattr(batch.tree_cache.token_to_kv_pool_allocator.get_kvcache(), "limits", None)
+    if limits is not None:
+        for request in batch.reqs:
+            limits.admit(request.req_pool_idx, request.sampling_params.custom_params)

@@ -1,0 +1,62 @@
+"""The accuracy harness: tasks of the right length with answers that follow, and a run against a real server."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks.accuracy.client import contains
+from benchmarks.accuracy.tasks import TASKS, Texts
+
+CORPUS = "".join(f"    value = compute({n}, mode='fast')  # line {n}\n" for n in range(5000))
+
+
+@pytest.fixture(scope="module")
+def texts(checkpoints):
+    from transformers import AutoTokenizer
+
+    return Texts(AutoTokenizer.from_pretrained(checkpoints.path()), CORPUS)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("context", [2048, 8192])
+def test_samples_fit_their_context_and_hold_their_answers(task, context, texts):
+    for seed in range(5):
+        sample = texts.sample(task, context, seed)
+        assert sample == texts.sample(task, context, seed)
+        assert sample != texts.sample(task, context, seed + 100)
+        text = "".join(turn.text for turn in sample.turns)
+        assert context / 2 < len(texts.tokenizer.encode(text)) < context
+        values = dict(re.findall(r"^(key_\w+) = (\w+)$", text, flags=re.M))
+        assert len(values) > 20
+        for turn in sample.turns:
+            asked = re.findall(r"key_\w+", turn.text.splitlines()[-1])
+            found = [values[name] for name in asked]
+            assert tuple(values.get(value, value) for value in found) == turn.expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("12, 34", True),
+        ("34, 12", False),
+        ("<think>12, 34</think>12", False),
+        ("<think>34</think>12 and 34.", True),
+        ("12", False),
+        ("", False),
+    ],
+)
+def test_an_answer_contains_the_values_in_order_after_its_reasoning(answer, right):
+    assert contains(answer, ("12", "34")) is right
+
+
+@pytest.mark.server
+def test_a_run_against_a_server(full, checkpoints, tmp_path, capsys):
+    from benchmarks.accuracy.__main__ import main
+
+    (tmp_path / "text").write_text(CORPUS)
+    command = ["--model", str(checkpoints.path()), "--url", full.url, "--text", str(tmp_path / "text"), "--budgets"]
+    main([*command, "--contexts", "2048", "--samples", "1", "--new-tokens", "8"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = document["rows"]
+    assert row["system"] == "dense" and all(0 <= row[task] <= 1 for task in TASKS)  # random weights know nothing

@@ -1,0 +1,63 @@
+"""What one request may choose, and what it is told when it may not."""
+
+import pytest
+import torch
+
+from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.runtime.request_options import ALL_PAGES, SelectionLimits, selected_pages
+
+SERVER = RheoConfig(token_budget=1024)
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "pages"),
+    [
+        (None, 16),
+        ({}, 16),
+        ({"thinking_budget": 7}, 16),
+        ({"rheoserve": {}}, 16),
+        ({"rheoserve": {"token_budget": 4096}}, 64),
+        ({"rheoserve": {"token_budget": 640}}, 10),
+        ({"rheoserve": {"token_budget": 640, "mode": "balanced"}}, 10),
+        ({"rheoserve": {"mode": "full"}}, ALL_PAGES),
+        ({"rheoserve": {"mode": "window"}}, 0),
+        ({"rheoserve": {"token_budget": 1 << 60}}, ALL_PAGES),
+    ],
+)
+def test_legal_options(custom_params, pages):
+    assert selected_pages(custom_params, SERVER) == pages
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (5, "custom_params.rheoserve is 5; legal: an object"),
+        ({"budget": 64}, "custom_params.rheoserve.budget is 64; legal: token_budget, mode are the options"),
+        ({"token_budget": 576}, "token_budget is 576; legal: a multiple of 64, at least 640"),
+        ({"token_budget": 700}, "token_budget is 700"),
+        ({"token_budget": "700"}, "token_budget is '700'"),
+        ({"token_budget": True}, "token_budget is True"),
+        ({"token_budget": 1024.0}, "token_budget is 1024.0"),
+        ({"mode": "retrieval"}, "mode is 'retrieval'; legal: full, window, balanced"),
+        ({"mode": "full", "token_budget": 1024}, "mode is 'full'; legal: balanced with a token_budget"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        selected_pages({"rheoserve": options}, SERVER)
+
+
+@pytest.mark.parametrize("server", [RheoConfig(mode="full"), RheoConfig(threshold=0.01)])
+def test_a_server_without_a_budget_takes_none(server):
+    assert selected_pages({"rheoserve": {"mode": server.mode}}, server) == server.budget_pages
+    for options in ({"token_budget": 1024}, {"mode": "window"}):
+        with pytest.raises(ValueError, match="the server does not select by a token budget"):
+            selected_pages({"rheoserve": options}, server)
+
+
+def test_a_slot_forgets_the_request_before():
+    limits = SelectionLimits(4, SERVER, "cpu")
+    limits.admit(2, {"rheoserve": {"token_budget": 640}})
+    assert limits.pages[torch.tensor([1, 2])].tolist() == [16, 10]
+    limits.admit(2, None)
+    assert limits.pages.tolist() == [16] * 4
