@@ -55,6 +55,7 @@ class RheoAttnBackend(AttentionBackend):
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
         self.writes: Writes | None = None
+        self.prefilled: torch.Tensor | None = None  # `[n]` pages of the requests in a prefill
         self.staging = self._staging()
         self.gpu = self._on_gpu(model_runner) if torch.device(self.token_to_kv_pool.device).type == "cuda" else None
         logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
@@ -74,6 +75,8 @@ class RheoAttnBackend(AttentionBackend):
         else:
             lengths = forward_batch.extend_seq_lens_cpu
             self.writes = Writes.of_extend(self.batch, forward_batch.extend_prefix_lens_cpu, lengths)
+            prefilled = torch.tensor([new > 1 for new in lengths], device=self.batch.pages.device)
+            self.prefilled = self.batch.pages[self.batch.valid & prefilled[:, None]]
             self.coordinator.begin_extend()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
@@ -197,6 +200,7 @@ class RheoAttnBackend(AttentionBackend):
             last = (torch.tensor(lengths, device=q.device).cumsum(0) - 1).clamp(min=0)
             heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(last))
+            pool.importance[index, self.prefilled] = 0.0  # of earlier chunks: the last one's query counts
             self.coordinator.record(index, batch, scores)
 
     def _staging(self):

@@ -95,6 +95,16 @@ def refuse_gate(server_args, model_config):
         from rheoserve_sgl.gate.checkpoint import read_gate
 
         read_gate(server_args.rheoserve_gate_path, shape)
+        if server_args.tp_size > shape.kv_heads:
+            raise ValueError(
+                f"--tp-size is {server_args.tp_size}; legal with a learned gate: 1 to {shape.kv_heads}, the model's KV "
+                "heads, because a gate's query is made of all query heads of a KV head"
+            )
+        if server_args.rheoserve_gate_rope == "last" and server_args.enable_mixed_chunk:
+            raise ValueError(
+                "--rheoserve-gate-rope is 'last'; legal with --enable-mixed-chunk: first, because decoded tokens then "
+                "come with a prefill"
+            )
     dense = server_args.rheoserve_dense_layers
     if dense is not None and dense > shape.layers:
         raise ValueError(f"--rheoserve-dense-layers is {dense}; legal: 0 to {shape.layers}, the model's layers")

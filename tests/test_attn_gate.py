@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gate_reference
 import numpy as np
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rheoserve_sgl.gate.attn_gate import GateWeights, pool_blocks, project_key, project_query
+from rheoserve_sgl.gate.base import Tapped
 from rheoserve_sgl.gate.checkpoint import K_POOLINGS, GateConfig, ModelShape, read_gate, take_heads, write_gate
+from rheoserve_sgl.gate.oracle import OracleGate
+from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.attn_gate import gate_keys_cpu, gate_keys_torch, gate_queries_cpu
 from rheoserve_sgl.ops.score import score_cpu
 from rheoserve_sgl.runtime.batch import Batch
@@ -235,6 +239,7 @@ def test_a_rank_takes_its_heads(tmp_path):
         ({"seerattn_k_seq_pooling_type": "Kmed"}, {}, "seerattn_k_seq_pooling_type is 'Kmed'; legal: Kmax, "),
         ({"seerattn_q_head_pooling_type": "Qorig"}, {}, "legal: Qproj, Qavgproj, Qavg"),
         ({"seerattn_gate_hidden_size": 64}, {}, "seerattn_gate_hidden_size is 64; legal: 32, the model's head dim"),
+        ({"seerattn_gate_hidden_size": "32"}, {}, "seerattn_gate_hidden_size is '32'; legal: a value of type int"),
         ({"seerattn_start_layer": 3}, {}, "seerattn_start_layer is 3; legal: 0 to 2"),
         ({"seerattn_use_qk_norm": False}, {}, r"attngate_qnorm.weight: \[32\]; no tensor fits"),
         ({}, {"layers": 3}, r"layers.2.self_attn.attn_gate.attngate_linear_q.weight: no tensor; \[2, 3, 32, 32\]"),
@@ -257,6 +262,16 @@ def test_missing_files_are_named(tmp_path):
         read_gate(tmp_path, SHAPE)
 
 
+def test_files_that_are_cut_short_are_named(tmp_path):
+    written(tmp_path)
+    (tmp_path / "attn_gate_weights.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="attn_gate_weights.pth cannot be read"):
+        read_gate(tmp_path, SHAPE)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        read_gate(tmp_path, SHAPE)
+
+
 def test_no_code_of_a_gate_file_is_run(tmp_path):
     written(tmp_path)
     ran = tmp_path / "ran"
@@ -269,3 +284,45 @@ def test_no_code_of_a_gate_file_is_run(tmp_path):
     with pytest.raises(ValueError, match="attn_gate_weights.pth cannot be read"):
         read_gate(tmp_path, SHAPE)
     assert not ran.exists()
+
+
+def test_a_model_may_give_views_of_one_projection():
+    """As Llama and Qwen2 do: q and k are parts of wider rows."""
+    torch.manual_seed(8)
+    _, _, writes = make_writes([0], [130], 9)
+    batch, _, _ = make_writes([129], [1], 9)
+    q, k = torch.randn(130, KV_HEADS * GROUP * DIM), torch.randn(130, KV_HEADS * DIM)
+    fused = torch.cat((q, k), 1)
+    views = Tapped(fused[:, : q.shape[1]], fused[:, q.shape[1] :], torch.arange(130))
+    results = []
+    for tapped in (Tapped(q, k, torch.arange(130)), views):
+        torch.manual_seed(9)
+        gate = SeerGate([make_weights()])
+        gate.prepare(rope(4096, DIM).float(), 4, DIM)
+        pool = SimpleNamespace(threads=1, quick=SimpleNamespace(layers=[torch.zeros(9, KV_HEADS, DIM)]))
+        gate.refresh(pool, 0, writes, tapped.k, tapped)
+        last = tapped.take(torch.tensor([129]))
+        heads = torch.zeros(1, KV_HEADS, GROUP, DIM)
+        results += [pool.quick.layers[0], gate.score(pool, 0, heads, 1.0, batch, last)]
+        results += [gate.score(pool, 0, heads, 1.0, batch, Tapped(*(t[129:] for t in vars(tapped).values())))]
+    assert results[0].any()
+    for mine, theirs in zip(results[:3], results[3:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_oracle_is_the_attention_itself():
+    torch.manual_seed(10)
+    host = torch.randn(9, KV_HEADS, 2, 64, DIM)
+    table = (torch.tensor([[5, 2, 7], [4, 8, 1]])[:, :, None] * 64 + torch.arange(64)).flatten(1).to(torch.int32)
+    lens = torch.tensor([150, 64])
+    batch = Batch.build(table, torch.arange(2), lens, 150, 1, 0)
+    heads = torch.randn(2, KV_HEADS, GROUP, DIM)
+    scores = OracleGate().score(SimpleNamespace(host=SimpleNamespace(layers=[host])), 0, heads, 0.2, batch)
+    for row, length in enumerate(lens.tolist()):
+        for head in range(KV_HEADS):
+            keys = host[batch.pages[row], head, 0].flatten(0, 1)[:length].double()
+            p = torch.softmax(heads[row, head].double() @ keys.T * 0.2, -1)
+            for page in range(3):
+                own = p[:, page * 64 : (page + 1) * 64]
+                expected = own.max().log() if own.numel() else torch.tensor(-torch.inf, dtype=torch.float64)
+                torch.testing.assert_close(scores[row, head, page].double(), expected, rtol=1e-4, atol=1e-4)

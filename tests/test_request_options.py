@@ -19,6 +19,7 @@ SERVER = RheoConfig(token_budget=1024)
         ({"rheoserve": {"token_budget": 4096}}, 64),
         ({"rheoserve": {"token_budget": 640}}, 10),
         ({"rheoserve": {"token_budget": 640, "mode": "balanced"}}, 10),
+        ({"rheoserve": {"token_budget": 640.0}}, 10),
         ({"rheoserve": {"mode": "full"}}, ALL_PAGES),
         ({"rheoserve": {"mode": "window"}}, 0),
         ({"rheoserve": {"token_budget": 1 << 60}}, ALL_PAGES),
@@ -37,7 +38,7 @@ def test_legal_options(custom_params, pages):
         ({"token_budget": 700}, "token_budget is 700"),
         ({"token_budget": "700"}, "token_budget is '700'"),
         ({"token_budget": True}, "token_budget is True"),
-        ({"token_budget": 1024.0}, "token_budget is 1024.0"),
+        ({"token_budget": 1024.5}, "token_budget is 1024.5"),
         ({"mode": "retrieval"}, "mode is 'retrieval'; legal: full, window, balanced"),
         ({"mode": "full", "token_budget": 1024}, "mode is 'full'; legal: balanced with a token_budget"),
     ],
@@ -59,5 +60,8 @@ def test_a_slot_forgets_the_request_before():
     limits = SelectionLimits(4, SERVER, "cpu")
     limits.admit(2, {"rheoserve": {"token_budget": 640}})
     assert limits.pages[torch.tensor([1, 2])].tolist() == [16, 10]
+    limits.admit(2, {"rheoserve": {"token_budget": 1}})  # never raises: the scheduler calls it
+    assert limits.pages.tolist() == [16] * 4
+    limits.admit(2, {"rheoserve": {"mode": "full"}})
     limits.admit(2, None)
     assert limits.pages.tolist() == [16] * 4

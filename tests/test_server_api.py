@@ -43,6 +43,24 @@ def test_openai_client(full):
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == completion.choices[0].text
 
 
+def test_openai_requests_carry_options(full):
+    import openai
+
+    client = openai.OpenAI(base_url=full.url + "/v1", api_key="none", max_retries=0)
+
+    def ask(options):
+        return client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=4,
+            extra_body={"custom_params": {"rheoserve": options}},
+        )
+
+    assert ask({"mode": "full"}).usage.completion_tokens > 0
+    with pytest.raises(openai.BadRequestError, match="the server does not select by a token budget"):
+        ask({"mode": "window"})
+
+
 def test_multi_turn_frontend_program(full):
     import sglang as sgl
 

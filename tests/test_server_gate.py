@@ -51,6 +51,9 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
             answer = ask(server, prompt, options).json()["output_ids"]
             reference.budget = blocks
             assert reference.greedy(prompt, answer) == answer, options
+        reference.budget = 6  # the server's own again
+        answer = server.tokens([prompt], 20)[0]
+        assert reference.greedy(prompt, answer) == answer
         for options, words in (
             (
                 {"token_budget": 100},

@@ -6,6 +6,7 @@ import sys
 import pytest
 from serving import launch_command
 
+from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.refusals import refuse_layers
 
 # Each needs no weights, so all are tried in one process; the last tests start real servers.
@@ -21,6 +22,9 @@ REFUSED = {
     "--cuda-graph-backend-decode breakable": "--cuda-graph-backend-decode is 'breakable'.*full",
     "--rheoserve-token-budget 100": "--rheoserve-token-budget is 100; legal: a multiple of 64",
     "--rheoserve-threshold 2": "--rheoserve-threshold is 2.0",
+    "--rheoserve-selector seer": "--rheoserve-selector is 'seer'; legal: seer with --rheoserve-gate-path",
+    "--rheoserve-gate-path /nowhere": "--rheoserve-gate-path is '/nowhere', which has no config.json",
+    "--rheoserve-dense-layers 9": "--rheoserve-dense-layers is 9; legal: 0 to 4",
 }
 TRY_ALL = """
 import sys
@@ -155,7 +159,8 @@ text = parser.format_help()
 args = prepare_server_args(["--config", sys.argv[2], "--model-path", sys.argv[1]])
 print("ANSWER", args.rheoserve_mode, args.rheoserve_token_budget, args.page_size, text.count("RheoServe:"))
 """
-    assert answers(python(code, str(checkpoints.path()), str(config))) == ["retrieval 2048 64 12"]
+    flags = len(RheoConfig.__dataclass_fields__)
+    assert answers(python(code, str(checkpoints.path()), str(config))) == [f"retrieval 2048 64 {flags}"]
 
 
 @pytest.mark.server

@@ -22,33 +22,35 @@ from serving import Server
 from benchmarks.accuracy.client import Client
 from benchmarks.accuracy.tasks import TASKS, Texts
 
-ALWAYS = 64 + 256 + 64  # sink, window and the newest page: no budget is smaller
+# (row of the table, options of its requests, or None and the budget as a share of the context)
+Asked = list[tuple[str, dict, float | None]]
 
 
-def systems(args) -> dict[str, tuple[list[str], list[tuple[str, dict, float | None]]]]:
-    """By name: flags of a server, and what to ask of it: (row, options, share of the context as budget)."""
-    common = ["--attention-backend", "rheoserve", "--rheoserve-window-tokens", "256"]
-    common += ["--rheoserve-gate-path", args.gate] if args.gate else []
+def systems(args):
+    """Flags of each server, the contexts it is asked at, and what it is asked."""
+    common = ["--attention-backend", "rheoserve", "--rheoserve-window-tokens", "256", "--dtype", "auto"]
     common += ["--rheoserve-host-size", str(args.host_size), "--context-length", str(max(args.contexts))]
-    found = {}
+    if args.gate:
+        dense = json.loads((Path(args.gate) / "config.json").read_text()).get("seerattn_start_layer", 0)
+        common += ["--rheoserve-gate-path", args.gate, "--rheoserve-dense-layers", str(dense)]  # for every gate
     for position, selector in enumerate(args.selectors):
         flags = ["--rheoserve-mode", "retrieval", "--rheoserve-device-attention", "selected"]
-        asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)] if position == 0 else []
+        asked: Asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)]
+        asked = asked if position == 0 else []
         asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
-        found[selector] = ([*common, *flags, "--rheoserve-selector", selector], asked)
-    resident = str(max(args.contexts) // 8 // 64 * 64)
-    asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
-    flags = ["--rheoserve-device-tokens", resident, "--rheoserve-selector", args.selectors[0]]
-    found["balanced"] = ([*common, *flags], asked)
-    return found
+        yield [*common, *flags, "--rheoserve-selector", selector], args.contexts, asked
+    for context in args.contexts:  # an eighth of it resident
+        flags = ["--rheoserve-device-tokens", str(max(context // 8 // 64, 8) * 64)]
+        asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
+        yield [*common, *flags, "--rheoserve-selector", args.selectors[0]], [context], asked
 
 
-def measure(client: Client, texts: Texts, args, asked) -> list[dict]:
+def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Asked) -> list[dict]:
     """Rows of the table for one server."""
-    rows = []
+    rows, least = [], client.least_budget()
     for name, fixed, share in asked:
-        for context in args.contexts:
-            budget = None if share is None else max(int(context * share) // 64 * 64, ALWAYS)
+        for context in contexts:
+            budget = None if share is None else max(int(context * share) // 64 * 64, least)
             options = fixed if budget is None else {"token_budget": budget}
             row = {"system": name, "context": context, "budget": budget}
             for task in args.tasks:
@@ -85,17 +87,17 @@ def main(argv=None):
 
     args = parse(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = Texts(tokenizer, args.text.read_text())
+    texts = Texts(tokenizer, args.text.read_text(), args.new_tokens)
     print(f"{'system':20s} {'context':>8s} {'budget':>8s} " + " ".join(f"{task:>12s}" for task in args.tasks))
     rows = []
     if args.url:
         asked = [("dense", {"mode": "full"}, None), *((f"budget {share:.3f}", {}, share) for share in args.budgets)]
-        rows = measure(Client(args.url, tokenizer, args.new_tokens), texts, args, asked)
+        rows = measure(Client(args.url, tokenizer, args.new_tokens), texts, args, args.contexts, asked)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            for name, (flags, asked) in systems(args).items():
-                with Server(args.model, [*flags, *args.flags], Path(folder) / f"{name}.log") as server:
-                    rows += measure(Client(server.url, tokenizer, args.new_tokens), texts, args, asked)
+            for number, (flags, contexts, asked) in enumerate(systems(args)):
+                with Server(args.model, [*flags, *args.flags], Path(folder) / f"{number}.log") as server:
+                    rows += measure(Client(server.url, tokenizer, args.new_tokens), texts, args, contexts, asked)
     document = {"benchmark": "accuracy", "options": vars(args), "rows": rows, **describe_machine()}
     print(json.dumps(document, default=str))
 

@@ -1,6 +1,10 @@
 """Asking a live server, turn by turn, with options for RheoServe."""
 
+import re
+
 import requests
+
+from rheoserve_sgl import PAGE_TOKENS
 
 SECONDS = 1800
 
@@ -29,7 +33,8 @@ class Client:
 
     def answer(self, messages: list[dict], options: dict | None) -> str:
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        sampling = {"temperature": 0, "max_new_tokens": self.new_tokens}
+        # Markers of reasoning may be special tokens, and the answer is what comes after them.
+        sampling = {"temperature": 0, "max_new_tokens": self.new_tokens, "skip_special_tokens": False}
         if options:
             sampling["custom_params"] = {"rheoserve": options}
         reply = requests.post(
@@ -37,16 +42,23 @@ class Client:
             json={"input_ids": self.tokenizer.encode(prompt, add_special_tokens=False), "sampling_params": sampling},
             timeout=SECONDS,
         )
-        reply.raise_for_status()
-        return reply.json()["text"]
+        if reply.status_code != 200:
+            raise RuntimeError(f"{self.url} answers {reply.status_code}: {reply.text}")
+        return reply.json()["text"].removesuffix(self.tokenizer.eos_token or "")
+
+    def least_budget(self) -> int:
+        """Tokens that the server always selects."""
+        info = requests.get(self.url + "/server_info", timeout=SECONDS).json()
+        settings = info["internal_states"][0]["rheoserve"]["settings"]
+        return settings["sink_tokens"] + settings["window_tokens"] + PAGE_TOKENS
 
 
 def contains(answer: str, expected: tuple[str, ...]) -> bool:
     """Whether the values are in the answer proper, after any reasoning, in their order."""
     final, at = answer.rpartition("</think>")[2], 0
     for value in expected:
-        at = final.find(value, at)
-        if at < 0:
+        found = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)").search(final, at)
+        if found is None:
             return False
-        at += len(value)
+        at = found.end()
     return True

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from benchmarks.nano.facts import Fact, make_value
 
-ROOM = 300  # tokens for the questions, the template and the answers
+ROOM = 300  # tokens for the questions and the template
+MOST_TURNS = 3
 DISTRACTORS = 24  # other facts in the text
 
 
@@ -66,16 +67,18 @@ class Texts:
     Args:
         tokenizer: of the model
         corpus: documents joined by NUL characters
+        new_tokens: of an answer
     """
 
-    def __init__(self, tokenizer, corpus: str):
+    def __init__(self, tokenizer, corpus: str, new_tokens: int):
         self.tokenizer = tokenizer
+        self.room = ROOM + 20 * DISTRACTORS + MOST_TURNS * new_tokens
         self.lines = corpus.replace("\0", "\n").splitlines(keepends=True)
 
     def sample(self, task: str, context: int, seed: int) -> Sample:
         """One sample whose prompt has at most `context` tokens, answers included."""
         draw = random.Random(f"{task} {context} {seed}")
-        return TASKS[task](lambda: self._stretch(context - ROOM - 20 * DISTRACTORS, draw), draw)
+        return TASKS[task](lambda: self._stretch(context - self.room, draw), draw)
 
     def _stretch(self, tokens: int, draw: random.Random) -> list[str]:
         picked, total, at = [], 0, draw.randrange(len(self.lines))

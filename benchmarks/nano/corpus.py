@@ -45,24 +45,21 @@ def collect(limit: int, seed: int = 0):
         terms = licence(package)
         if terms is None:
             continue
-        own = []
+        packages.append({"name": package.metadata["Name"], "version": package.version, "licence": terms, "bytes": 0})
         for text in sources(package):
             digest = hashlib.sha1(text.encode()).digest()
             if digest not in seen:
                 seen.add(digest)
-                own.append(text)
-        documents += own
-        size = sum(map(len, own))
-        packages.append({"name": package.metadata["Name"], "version": package.version, "licence": terms, "bytes": size})
+                documents.append((text, packages[-1]))
     random.Random(seed).shuffle(documents)
-    total = 0
-    for count, text in enumerate(documents):
+    picked, total = [], 0
+    for text, package in documents:
         total += len(text)
         if total > limit:
-            documents = documents[:count]
             break
-    held_out = documents[::HELD_OUT]
-    return [text for i, text in enumerate(documents) if i % HELD_OUT], held_out, packages
+        picked.append(text)
+        package["bytes"] += len(text)
+    return [text for i, text in enumerate(picked) if i % HELD_OUT], picked[::HELD_OUT], packages
 
 
 def main():

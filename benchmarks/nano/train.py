@@ -127,6 +127,8 @@ class Run:
 
 def train(run: Run, pool: ProcessPoolExecutor):
     args, model = run.args, run.model
+    if run.share >= 1.0:
+        return
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
     waiting: deque = deque()
     seed = run.step

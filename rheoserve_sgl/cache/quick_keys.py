@@ -8,7 +8,7 @@ from rheoserve_sgl.gate.base import Gate
 class QuickKeys:
     """Gate keys, one tensor `[pages, kv_heads, key_dim]` float32 a layer.
 
-    A page filled token by token has bit for bit the key of one filled at once.
+    On a CPU a page filled token by token has bit for bit the key of one filled at once, on a GPU up to rounding.
     """
 
     def __init__(self, layers: int, pages: int, kv_heads: int, head_dim: int, gate: Gate, device: str):

@@ -80,9 +80,17 @@ def read_config(path: Path, model: ModelShape) -> GateConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"--rheoserve-gate-path is {str(path)!r}, which has no config.json")
-    stored = json.loads(file.read_text())
+    try:
+        stored = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
     fields = {name: "seerattn_" + name for name in GateConfig.__dataclass_fields__}
-    config = GateConfig(**{name: stored[key] for name, key in fields.items() if key in stored})
+    given = {name: stored[key] for name, key in fields.items() if key in stored}
+    for name, value in given.items():
+        kind = type(getattr(GateConfig, name))
+        if type(value) is not kind:
+            raise ValueError(f"{file}: seerattn_{name} is {value!r}; legal: a value of type {kind.__name__}")
+    config = GateConfig(**given)
     width = config.gate_hidden_size
     averaged = config.q_head_pooling_type == "Qavg"
     for name, legal, what in (
@@ -160,6 +168,6 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             if file.suffix == ".pth":
                 return dict(torch.load(file, map_location="cpu", weights_only=True))
             return load_file(file)
-        except (UnpicklingError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file} cannot be read: {error or 'it is empty'}") from error
     raise ValueError(f"--rheoserve-gate-path is {str(path)!r}, which has neither of {', '.join(FILES)}")

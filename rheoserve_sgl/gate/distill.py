@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.attn_gate import Q_POOLINGS
 from rheoserve_sgl.gate.checkpoint import K_POOLINGS, GateConfig, write_gate
 from rheoserve_sgl.gate.distiller import Distiller, shape_of
@@ -111,8 +112,11 @@ def settings_of(args) -> dict:
         "k_pooling",
         "no_qk_norm",
         "no_rope",
+        "dtype",
     )
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {
+        name: str(getattr(args, name)) for name in ("model", "data")
+    }
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -138,6 +142,8 @@ def parse(argv=None) -> argparse.Namespace:
     for name in ("context", "batch", "steps", "queries", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; legal: at least 1")
+    if args.context % PAGE_TOKENS or args.context < 2 * PAGE_TOKENS:
+        parser.error(f"--context is {args.context}; legal: multiples of {PAGE_TOKENS}, at least {2 * PAGE_TOKENS}")
     if not 0 <= args.late < 1:
         parser.error(f"--late is {args.late}; legal: 0 or more, below 1")
     return args

@@ -5,6 +5,7 @@ it exists once the block is complete; until then it is zero, as in the published
 always attended). Kept are the keys, and for each request the running max, min and sum of its newest page.
 """
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,8 @@ from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.ops.attn_gate import gate_keys, gate_queries
 from rheoserve_sgl.ops.score import score
+
+logger = logging.getLogger(__name__)
 
 
 class SeerGate(Gate):
@@ -54,15 +57,19 @@ class SeerGate(Gate):
             self.layers = [replace(layer, rope=rope.contiguous()) for layer in self.layers]
         kv_heads, device = self.layers[0].k.shape[0], self.layers[0].k.device
         shape = (slots + 1, kv_heads, 3, head_dim)
+        room = len(self.layers) * torch.Size(shape).numel() * 4
+        logger.info(
+            "RheoServe: learned gate of %d layers, %.3f GiB for incomplete pages", len(self.layers), room / 2**30
+        )
         self.running = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.layers]
 
     def refresh(self, pool, layer, writes, k, tapped):
         kv_heads = self.layers[layer].k.shape[0]
-        plain = tapped.k.float().reshape(len(tapped.k), kv_heads, -1)
+        plain = tapped.k.float().reshape(len(tapped.k), kv_heads, -1).contiguous()
         gate_keys(self.layers[layer], plain, writes, self.running[layer], pool.quick.layers[layer], pool.threads)
 
     def score(self, pool, layer, heads, scale, batch, tapped):
-        plain = tapped.q.float().reshape(heads.shape)
+        plain = tapped.q.float().reshape(heads.shape).contiguous()
         query = gate_queries(self.layers[layer], plain, tapped.positions, pool.threads)
         scale = query.shape[-1] ** -0.5
         return score(query[:, :, None], pool.quick.layers[layer], batch.pages, batch.n_pages, scale, pool.threads)

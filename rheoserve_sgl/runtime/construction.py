@@ -78,6 +78,10 @@ def build_pool(original, configurator, **kwargs):
 def build_gate(config: RheoConfig, model_config, device) -> tuple[Gate, RheoConfig]:
     """This rank's gate, and the settings with its number of dense layers."""
     if config.selector != "seer":
+        if config.gate_path is not None:
+            logger.warning(
+                "RheoServe: the gate at %s is not used: the selector is %s", config.gate_path, config.selector
+            )
         return make_gate(config.selector), replace(config, dense_layers=config.dense_layers or 0)
     parallel = get_parallel()
     stored, layers = read_gate(config.gate_path, shape := model_shape(model_config))

@@ -5,11 +5,14 @@ sink and window only, on a server that selects by a budget. Blocks that are resi
 server was started with `--rheoserve-device-attention selected`.
 """
 
+import logging
+
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.config import RheoConfig
 
+logger = logging.getLogger(__name__)
 KEY = "rheoserve"
 ALL_PAGES = 2**31 - 1
 
@@ -43,6 +46,8 @@ def selected_pages(custom_params, config: RheoConfig) -> int:
     if mode != config.mode:
         _refuse(".mode", mode, f"{config.mode} with a token_budget")
     budget = options["token_budget"]
+    if isinstance(budget, float) and budget.is_integer():  # protobuf has no integers in a Struct
+        budget = int(budget)
     if type(budget) is not int or budget % PAGE_TOKENS or budget < config.always_tokens:
         legal = f"a multiple of {PAGE_TOKENS}, at least {config.always_tokens} (sink, window and the newest page)"
         _refuse(".token_budget", budget, legal)
@@ -63,7 +68,11 @@ class SelectionLimits:
 
     def admit(self, slot: int, custom_params):
         """A request takes a slot."""
-        pages = selected_pages(custom_params, self._config)
+        try:
+            pages = selected_pages(custom_params, self._config)
+        except ValueError as error:  # `check_options` did not see it: it came by another way than HTTP
+            logger.warning("RheoServe: a request's options are left out: %s", error)
+            pages = self._config.budget_pages
         if self._known[slot] != pages:
             self._known[slot] = pages
             self.pages[slot] = pages

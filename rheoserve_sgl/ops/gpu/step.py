@@ -42,6 +42,8 @@ class GpuStep:
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
+        if self.selects and not self.kind:
+            raise ValueError(f"{type(pool.gate).__name__} has no kernels on a GPU")
         heads = 1 if self.kind == "seer" else group
         self.scratch = Scratch.make(batch, kv_heads, heads, max_pages, device) if self.selects else None
         width = pool.gate.key_dim(dim)
