@@ -13,7 +13,7 @@ from machine import describe_machine
 
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.gpu.ask import Asker
-from rheoserve_sgl.ops.gpu.attend import Split, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
@@ -65,7 +65,7 @@ class Case:
             lists = torch.randint(len(frames), (*pairs, self.pages), dtype=torch.int32, device="cuda")
             count = torch.full(pairs, self.listed, dtype=torch.int32, device="cuda")
             self.visits.append(Visit(lists, count, torch.full_like(count, PAGE)))
-        self.split = Split.make(batch * KV_HEADS, GROUP, DIM, self.pages, "cuda")
+        self.split = SplitRoom(batch * KV_HEADS, GROUP, DIM, "cuda").split(batch * KV_HEADS)
         self.out = torch.empty(*pairs, GROUP, DIM, dtype=torch.bfloat16, device="cuda")
         self.lse = torch.empty(*pairs, GROUP, device="cuda")
         none = torch.zeros(pairs, dtype=torch.int32, device="cuda")

@@ -67,7 +67,7 @@ def launch_all(dtype: torch.dtype, dim: int):
                 rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, totals
             )  # fmt: skip
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
-    split = attend.Split.make(BATCH * KV_HEADS, GROUP, dim, PAGES, "cpu")
+    split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
     attend.attend_split(q, frames, visit, split, 0.1)
     answer = (exchange.visit.count, exchange.out, exchange.lse)
     attend.merge_parts(visit, split, torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP), answer)

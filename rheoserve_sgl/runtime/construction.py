@@ -21,6 +21,7 @@ from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
 from rheoserve_sgl.server_args import selects_rheoserve
 
 logger = logging.getLogger(__name__)
+GPU_REQUESTS = 256  # at once, unless --max-running-requests says otherwise
 
 
 def resolve_sizes(original, configurator, pre_model_load_memory):
@@ -41,6 +42,9 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
     logger.info("RheoServe sizes: %s", sizes.reason)
     resolved.max_total_num_tokens = sizes.host_tokens
     resolved.max_running_requests = configurator.resolve_max_num_reqs(sizes.host_tokens)
+    if not on_cpu and configurator.server_args.max_running_requests is None:
+        # The memory of a decode step that stays where it is grows with this.
+        resolved.max_running_requests = min(resolved.max_running_requests, GPU_REQUESTS)
     # SGLang's size record has no field for the second tier; the flag's resolved value carries it
     # to `build_pool`.
     configurator.server_args.override("rheoserve.sizes", rheoserve_device_tokens=sizes.device_tokens)

@@ -8,7 +8,7 @@ import torch
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
-from rheoserve_sgl.ops.gpu.attend import Split, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -34,7 +34,7 @@ class GpuStep:
         device = pool.device
         self.tables = Tables.make(batch, max_pages, device)
         self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
-        self.split = Split.make(batch * kv_heads, group, dim, max_pages, device)
+        self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
         self.weight = torch.ones(1, dtype=torch.float32, device=device)  # of this step's scores in the importance
@@ -89,10 +89,11 @@ class GpuStep:
             self.totals,
         )  # fmt: skip
         self.asker.ring()
-        attend_split(heads, pool.frames.layers[index], visit, self.split, scale)
+        split = self.room.split(batch * kv_heads)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale)
         self.asker.wait()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        merge_parts(visit, self.split, out, self.lse, (exchange.visit.count, exchange.out, exchange.lse))
+        merge_parts(visit, split, out, self.lse, (exchange.visit.count, exchange.out, exchange.lse))
         return out.view(batch, -1)
 
     def _score(self, index: int, heads, tables: Tables, quick, scale: float, tapped) -> Scratch:
