@@ -124,6 +124,16 @@ def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints,
         assert after["frames_used"] == after["host_pages_used"] == 0
 
 
+def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):
+    """With no time to answer at all, already the steps before CUDA graphs are captured are lost."""
+    args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512", *HALF]
+    env = {"RHEOSERVE_TEST_ANSWER_SECONDS": "0"}
+    with pytest.raises(RuntimeError, match="the server exited with -?[1-9]"):
+        with rheo_server(checkpoints.path(), args, tmp_path, env):
+            pass
+    assert "CPU attention did not answer in 0 s: layer " in (tmp_path / "log").read_text()
+
+
 def same_up_to_rounding(mine, theirs) -> bool:
     """Whether all tokens are equal; fails where they differ by more than rounding."""
     mine, theirs = mine["meta_info"], theirs["meta_info"]

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from rheoserve_sgl import environ
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.coordinator import Coordinator
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
@@ -34,7 +35,8 @@ class GpuDecode:
         exchange = Exchange.make(batch, pool.head_num, group, pool.head_dim, max_pages, pin=True)
         stores = [pool.host.blocks(index) for index in range(self.layers)]
         self.doorbell = Doorbell(exchange, stores, scale, pool.threads, cpus)
-        self.asker = Asker(exchange, ANSWER_SECONDS)
+        self.seconds = environ.answer_seconds(ANSWER_SECONDS)
+        self.asker = Asker(exchange, self.seconds)
         self.step = GpuStep(pool, rules, exchange, self.asker)
         self.coordinator.gpu_totals = self.step.totals
 
@@ -63,9 +65,24 @@ class GpuDecode:
         if late:
             step, layer = divmod(late - 1, self.layers)
             raise RuntimeError(
-                f"CPU attention did not answer in {ANSWER_SECONDS:g} s: layer {layer} of decode step {step}. The "
+                f"CPU attention did not answer in {self.seconds:g} s: layer {layer} of decode step {step}. The "
                 "machine's processors may be taken by others; see --rheoserve-host-threads"
             )
+
+
+def require_answers(scheduler, batch, result, *_):
+    """BEFORE `Scheduler.process_batch_result`: a step without the CPU's part gives no token to anyone.
+
+    Raises RuntimeError, which ends the server.
+    """
+    gpu = getattr(scheduler.tp_worker.model_runner.attn_backend, "gpu", None)
+    if gpu is not None and batch.forward_mode.is_decode():
+        done = getattr(result, "copy_done", None)
+        if done is None:
+            torch.cuda.synchronize()
+        else:
+            done.synchronize()
+        gpu.check()
 
 
 def rank_processors(rank: int, ranks: int, threads: int) -> list[int]:
