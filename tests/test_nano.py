@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from benchmarks.nano import export, facts, samples, tokenizer, train
+from benchmarks.nano import export, facts, samples, sequences, tokenizer, train
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
+from rheoserve_sgl.gate.sequences import load_sequences
 
 SMALL = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv-heads": 1, "head-dim": 32}
 
@@ -90,6 +91,9 @@ def test_training_lowers_the_loss_goes_on_and_exports_the_same_model(made, words
     losses = [line["loss"] for line in run(made, tmp_path, steps=60) if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     assert run(made, tmp_path, steps=64)[-1]["step"] == 64
+    paths = ["--run", str(tmp_path), "--tokenizer", str(made), str(tmp_path / "s")]
+    sequences.main([*paths, "--length", "128", "--count", "3"])
+    assert load_sequences(tmp_path / "s.npy", None, 128).shape == (3, 128)
     with pytest.raises(ValueError, match="of another model"):
         run(made, tmp_path, steps=65, hidden=32)
     export.main(["--run", str(tmp_path), "--tokenizer", str(made), "--out", str(tmp_path / "model")])
