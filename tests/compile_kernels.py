@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, ask, attend, gate, gather, plan, score, snapshot, tables
+from rheoserve_sgl.ops.gpu import append, ask, attend, gate, gather, move, plan, score, snapshot, tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
 BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 3, 2, 4, 512, 9, 5
@@ -66,6 +66,7 @@ def launch_all(dtype: torch.dtype, dim: int):
             plan.plan_gpu(
                 rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, totals
             )  # fmt: skip
+    move.fill_frames(host.flatten(0, 1), frames, loc, loc)
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
     attend.attend_split(q, frames, visit, split, 0.1)

@@ -18,6 +18,7 @@ from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.gather import Staging
+from rheoserve_sgl.ops.gpu.move import fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
@@ -280,3 +281,14 @@ def test_room_for_parts_is_enough_for_every_batch():
             split = room.split(pairs)
             assert split.acc.shape[0] == split.lse.shape[0] == pairs and split.lse.shape[1] >= 1
             assert split.acc.data_ptr() == room.split(1).acc.data_ptr()
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_frames_are_filled_from_the_host_store(dim):
+    host, frames = torch.randn(20, 2, 64, dim), torch.randn(9, 2, 64, dim)
+    blocks, targets = torch.tensor([7, 19, 0]), torch.tensor([2, 0, 8])
+    expected = frames.clone()
+    expected[targets] = host[blocks]
+    own = frames.to(DEVICE)
+    fill_frames(host.pin_memory() if DEVICE == "cuda" else host, own, blocks.to(DEVICE), targets.to(DEVICE))
+    assert torch.equal(own.cpu(), expected)
