@@ -77,7 +77,7 @@ class GpuStep:
         _, kv_heads, group, dim = self.exchange.q.shape
         tables, visit = self.tables.rows(batch), rows_of(self.device_visit, batch)
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
-        heads = q.float().view(batch, kv_heads, group, dim)
+        heads = q.float().contiguous().view(batch, kv_heads, group, dim)
         append_gpu(
             pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
             quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
