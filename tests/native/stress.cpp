@@ -1,5 +1,6 @@
 // Random work for the worker pool and every kernel variant, against a plain double oracle; built under
 // sanitizers by tests/test_sanitizers.py. Usage: stress SECONDS SEED
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "attn_gate.h"
 #include "block_attention.h"
 #include "cpu_features.h"
 #include "doorbell.h"
@@ -181,7 +183,10 @@ void try_planning(Random& random, ThreadPool& pool) {
   score(table, q.data(), quick.data(), scores.data(), kv_heads, group, 2 * dim, 0.1f, pool);
   record(table, scores.data(), importance.data(), kv_heads, 0.9f, pool);
   std::vector<int32_t> blocks[2], counts[2], last[2];
-  PlanArgs args{table, scores.data(), tail.data(), frame_of.data(), kv_heads, {}, {}};
+  std::vector<int32_t> budgets;
+  for (int b = 0; b < batch; ++b) budgets.push_back(random.between(0, width));
+  const int32_t* const own = random.between(0, 1) == 0 ? nullptr : budgets.data();
+  PlanArgs args{table, scores.data(), own, tail.data(), frame_of.data(), kv_heads, {}, {}};
   for (int i = 0; i < 2; ++i) {
     blocks[i].resize(rows * width), counts[i].resize(rows), last[i].resize(rows);
     (i == 0 ? args.device : args.host) = {blocks[i].data(), counts[i].data(), last[i].data()};
@@ -189,6 +194,39 @@ void try_planning(Random& random, ThreadPool& pool) {
   plan({static_cast<Select>(random.between(0, 3)), 1, 2, random.between(0, width), -3.0f, false}, args, pool);
   for (size_t i = 0; i < rows; ++i)
     if (counts[0][i] + counts[1][i] > n_pages[i / kv_heads]) fail("a count", "plan", counts[0][i] + counts[1][i], n_pages[i / kv_heads]);
+}
+
+// A gate whose key is the largest key of its page, token by token and at once.
+void try_gate(Random& random, ThreadPool& pool) {
+  const int kv_heads = random.between(1, 3), dim = 16 * random.between(1, 4), count = random.between(1, 20);
+  std::vector<float> weights(static_cast<size_t>(kv_heads) * dim * dim);
+  for (int h = 0; h < kv_heads; ++h)
+    for (int j = 0; j < dim; ++j) weights[(static_cast<size_t>(h) * dim + j) * dim + j] = 1.0f;
+  const Projection projection{weights.data(), nullptr, nullptr, dim, dim, 0};
+  std::vector<float> running(static_cast<size_t>(count) * kv_heads * 3 * dim), quick(static_cast<size_t>(count) * kv_heads * dim);
+  std::vector<float> top(quick.size(), -1e30f);
+  std::vector<int32_t> before(count, 0), filled(count, 0);
+  std::vector<int64_t> pages(count), requests(count), at(count, 0), token(count);
+  for (int p = 0; p < count; ++p) pages[p] = p, requests[p] = count - 1 - p;
+  while (filled[0] < kBlockTokens) {
+    const int more = std::min(random.between(1, 40), kBlockTokens - filled[0]);
+    std::vector<float> plain(static_cast<size_t>(count) * more * kv_heads * dim);
+    for (float& x : plain) x = random.normal();
+    for (int p = 0; p < count; ++p) {
+      before[p] = filled[p], filled[p] += more, token[p] = static_cast<int64_t>(p) * more;
+      for (int t = 0; t < more; ++t)
+        for (int i = 0; i < kv_heads * dim; ++i)
+          top[p * kv_heads * dim + i] = std::max(top[p * kv_heads * dim + i], plain[(p * more + t) * kv_heads * dim + i]);
+    }
+    gate_keys(projection, {plain.data(), pages.data(), token.data(), requests.data(), at.data(), before.data(), filled.data(),
+                           running.data(), quick.data(), static_cast<int64_t>(count) * more, count, count, count, kv_heads, dim, kPoolMax}, pool);
+  }
+  for (size_t i = 0; i < quick.size(); ++i)
+    if (quick[i] != top[i]) fail("a key", "gate_keys", quick[i], top[i]);
+  std::vector<float> out(quick.size());
+  gate_queries(projection, top.data(), at.data(), out.data(), count, kv_heads, 1, dim, pool);
+  for (size_t i = 0; i < out.size(); ++i)
+    if (out[i] != top[i]) fail("a query", "gate_queries", out[i], top[i]);
 }
 
 }  // namespace
@@ -207,6 +245,7 @@ int main(int argc, char** argv) {
       while (std::chrono::steady_clock::now() < end) {
         try_attention(random, shared, workspace);
         try_planning(random, shared);
+        try_gate(random, shared);
         try_doorbell(random, shared, workspace);
         ThreadPool own(random.between(1, 4), {});
         try_attention(random, own, workspace);
