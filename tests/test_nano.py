@@ -11,6 +11,7 @@ from benchmarks.nano import export, facts, samples, sequences, tokenizer, train
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
 from rheoserve_sgl.gate.sequences import load_sequences
+from rheoserve_sgl.nano.make import chat_tokenizer
 
 SMALL = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv-heads": 1, "head-dim": 32}
 
@@ -24,7 +25,7 @@ def made(tmp_path_factory):
     documents = ["".join(lines[at : at + 100]) for at in range(0, len(lines), 100)]
     (path / "train.txt").write_text("\0".join(documents))
     words = tokenizer.train(documents, vocabulary=400)
-    tokenizer.save(words, path)
+    chat_tokenizer(words).save_pretrained(path)
     words.save(str(path / "tokenizer.json"))
     return path
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rheoserve_sgl.gate.attn_gate import rotate_by
+
 
 @dataclass(frozen=True)
 class Size:
@@ -79,7 +81,7 @@ class Layer(nn.Module):
         h = self.input_layernorm(x)
         q = a["q_norm"](a["q_proj"](h).unflatten(-1, (-1, dim)))
         k = a["k_norm"](a["k_proj"](h).unflatten(-1, (-1, dim)))
-        return rotate(q, rope), rotate(k, rope), a["v_proj"](h).unflatten(-1, (-1, dim))
+        return rotate_by(q, rope), rotate_by(k, rope), a["v_proj"](h).unflatten(-1, (-1, dim))
 
     def after(self, x, attended):
         x = x + self.self_attn["o_proj"](attended)
@@ -131,11 +133,5 @@ class Nano(nn.Module):
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """Weights by transformers' names, bf16."""
-        own = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
-        return {"model." + name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in own.items()}
-
-
-def rotate(x, rope):
-    cosine, sine = rope[:, None].to(x.dtype).chunk(2, -1)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
+        own = self.state_dict().items()
+        return {"model." + name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in own}

@@ -8,13 +8,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from rheoserve_sgl.nano.make import SPECIAL, chat_tokenizer
+
 VOCABULARY = 2048
-CONTEXT = 32768
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def train(texts, vocabulary: int = VOCABULARY) -> Tokenizer:
@@ -37,20 +33,6 @@ def train(texts, vocabulary: int = VOCABULARY) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, out: Path):
-    """In Hugging Face format, with the chat template."""
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(out)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
@@ -60,7 +42,7 @@ def main():
     tokenizer = train(text.split("\0"))
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / "tokenizer.json"))
-    save(tokenizer, args.out)
+    chat_tokenizer(tokenizer).save_pretrained(args.out)
     sample = (args.corpus / "held_out.txt").read_text()[:300_000].replace("\0", "")
     width = len(sample) / len(tokenizer.encode(sample).ids)
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens, {width:.2f} bytes each")

@@ -8,7 +8,6 @@ results: weights.pt (bf16, transformers' names), log.jsonl (one line a report) a
 import argparse
 import json
 import os
-import random
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -103,11 +102,10 @@ class Run:
         return self.step / self.args.steps if self.args.steps else self.spent / self.args.seconds
 
     def save(self):
-        state = {name.replace("_orig_mod.", ""): t for name, t in self.model.state_dict().items()}
         part = self.file.with_suffix(".part")
         torch.save(
             {
-                "model": state,
+                "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "spent": self.spent,
@@ -213,7 +211,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     tokenizer = args.tokenizer / "tokenizer.json"
     args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    random.seed(args.seed)
     haystack = prepare(args)
     run = Run(args)
     if args.device == "cuda":

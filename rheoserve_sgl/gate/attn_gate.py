@@ -72,8 +72,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, rope: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
     """Rotate the halves of `[n, kv_heads, gate_dim]` by the angles at `[n]`."""
-    if rope is None:
-        return x
-    cosine, sine = rope[positions][:, None].to(x.dtype).chunk(2, -1)
+    return x if rope is None else rotate_by(x, rope[positions])
+
+
+def rotate_by(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of `[n, heads, width]` by angles `[n, width]`, cosines then sines."""
+    cosine, sine = angles[:, None].to(x.dtype).chunk(2, -1)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)

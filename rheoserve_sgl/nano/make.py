@@ -23,13 +23,19 @@ CHAT_TEMPLATE = (
 def make_tokenizer():
     """A tokenizer with one token a byte, and the special tokens of a chat."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
+    return chat_tokenizer(tokenizer)
+
+
+def chat_tokenizer(tokenizer):
+    """A `tokenizers.Tokenizer` that has the special tokens, for transformers, with the chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

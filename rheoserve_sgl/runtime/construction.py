@@ -88,11 +88,9 @@ def build_gate(config: RheoConfig, model_config, device) -> tuple[Gate, RheoConf
             )
         return make_gate(config.selector), replace(config, dense_layers=config.dense_layers or 0)
     parallel = get_parallel()
-    stored, layers = read_gate(config.gate_path, shape := model_shape(model_config))
+    stored, layers = read_gate(config.gate_path, model_shape(model_config))
     own = model_config.get_num_kv_heads(parallel.attn_tp_size)
-    # With more ranks than KV heads, neighbouring ranks hold the same one.
-    first = parallel.attn_tp_rank * shape.kv_heads // parallel.attn_tp_size
-    heads = slice(first, first + own)
+    heads = slice(parallel.attn_tp_rank * own, (parallel.attn_tp_rank + 1) * own)
     weights = [take_heads(tensors, heads, stored.parts, None, device) for tensors in layers]
     if config.dense_layers is None:
         config = replace(config, dense_layers=stored.start_layer)
