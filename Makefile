@@ -8,7 +8,7 @@ DEMO := $(if $(filter models/nano,$(MODEL)),--rheoserve-device-tokens 4096 --rhe
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: serve test test-gpu lint format bench clean
+.PHONY: serve test test-gpu lint format bench bench-gpu clean
 
 serve: .venv/ready $(if $(filter models/nano,$(MODEL)),models/nano/config.json)
 	@$(PY) -m rheoserve_sgl.nano.announce http://127.0.0.1:$(PORT) $$$$ & \
@@ -30,6 +30,9 @@ format: .venv/ready
 
 bench: .venv/ready
 	$(PY) benchmarks/bench_decode_cpu.py $(ARGS)
+
+bench-gpu: .venv/ready
+	$(PY) benchmarks/bench_ops.py $(ARGS)
 
 models/nano/config.json: | .venv/ready
 	$(PY) -m rheoserve_sgl.nano.make models/nano --layers 8

@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import torch
+from sglang.srt.distributed import get_world_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
@@ -12,9 +13,9 @@ from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
-from rheoserve_sgl.ops.prefill import prefill_attention
-from rheoserve_sgl.ops.workers import worker_pool
-from rheoserve_sgl.refusals import refuse_layers
+from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
+from rheoserve_sgl.ops.workers import cpu_variant
+from rheoserve_sgl.refusals import attention_layers, refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
 from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
@@ -55,26 +56,22 @@ class RheoAttnBackend(AttentionBackend):
         self.batch: Batch | None = None
         self.writes: Writes | None = None
         self.prefilled: torch.Tensor | None = None  # `[n]` pages of the requests in a prefill
-        logger.info("RheoServe: CPU attention by %s on %d threads", worker_pool(self.threads).variant, self.threads)
+        self.staging = self._staging()
+        self.gpu = self._on_gpu(model_runner) if torch.device(self.token_to_kv_pool.device).type == "cuda" else None
+        logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
 
     def init_forward_metadata(self, forward_batch):
         """Build the page table, and let the coordinator move blocks before a decode step."""
         if forward_batch.forward_mode.is_idle():
             self.coordinator.settle()
             return
-        lens = forward_batch.seq_lens_cpu
-        self.batch = Batch.build(
-            self.req_to_token_pool.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
-            int(lens.max() if lens is not None else forward_batch.seq_lens.max()),
-            self.config.sink_pages,
-            self.config.window_pages,
-        )
+        if forward_batch.forward_mode.is_decode() and self.gpu is not None:
+            return self._begin_on_gpu(forward_batch, forward_batch.batch_size)
+        self.batch = self._batch(forward_batch, forward_batch.batch_size)
         if forward_batch.forward_mode.is_decode():
             self.writes = Writes.of_decode(self.batch, rotate_last=self.config.gate_rope == "last")
             self.budgets = self.limits.pages[self.batch.requests]
-            self.coordinator.begin_decode(self.batch)
+            self.coordinator.begin_decode(lambda: self.batch)
         else:
             lengths = forward_batch.extend_seq_lens_cpu
             self.writes = Writes.of_extend(self.batch, forward_batch.extend_prefix_lens_cpu, lengths)
@@ -82,15 +79,57 @@ class RheoAttnBackend(AttentionBackend):
             self.prefilled = self.batch.pages[self.batch.valid & prefilled[:, None]]
             self.coordinator.begin_extend()
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
+        """Nothing: what graphs are captured over exists for as many requests as can run."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
+        """Before a graph is captured, over no request at all, or replayed."""
+        if in_capture:
+            nothing = torch.zeros(1, dtype=torch.int64, device=self.token_to_kv_pool.device)
+            table = self.req_to_token_pool.req_to_token
+            return self.gpu.begin(table, nothing, nothing, 0, forward_batch.batch_size, self.limits.pages)
+        self._begin_on_gpu(forward_batch, forward_batch.batch_size - forward_batch.num_padding)
+        self.gpu.expect()
+
+    def _begin_on_gpu(self, forward_batch, rows: int):
+        self.coordinator.begin_decode(lambda: self._batch(forward_batch, rows))
+        self.gpu.begin(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            rows,
+            forward_batch.batch_size,
+            self.limits.pages,
+        )
+
+    def _batch(self, forward_batch, rows: int) -> Batch:
+        lens = forward_batch.seq_lens_cpu
+        return Batch.build(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices[:rows],
+            forward_batch.seq_lens[:rows],
+            int((forward_batch.seq_lens if lens is None else lens)[:rows].max()),
+            self.config.sink_pages,
+            self.config.window_pages,
+        )
+
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         pool, batch = self.token_to_kv_pool, self.batch
         index = layer.layer_id - pool.start_layer
+        if self.gpu is not None:
+            self._refuse_extras(layer, k, kwargs)
+            tapped = self.taps and self.taps.of_layer(layer.layer_id)
+            k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
+            return self.gpu.layer(index, q, k, v, forward_batch.out_cache_loc, layer.scaling, tapped)
         self._store(layer, forward_batch, k, v, save_kv_cache, kwargs)
         heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
         scores = None
         if self.selects:
             tapped = self.taps and self.taps.of_layer(layer.layer_id)
-            pool.gate.refresh(pool, index, self.writes, tapped)
+            pool.gate.refresh(pool, index, self.writes, k, tapped)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
             self.coordinator.record(index, batch, scores)
         frame_of = pool.residency.frame_of[index]
@@ -115,41 +154,86 @@ class RheoAttnBackend(AttentionBackend):
         for row, (before, new) in enumerate(zip(prefixes, lengths, strict=True)):
             tokens = slice(start, start + new)
             if new:
-                prefix = self._gather_prefix(index, batch.pages[row], before)
-                out[tokens] = prefill_attention(q[tokens], k[tokens], v[tokens], prefix, layer.scaling)
+                prefill = self._prefill if self.staging is None else self._prefill_on_gpu
+                own = (tensor[tokens] for tensor in (q, k, v))
+                out[tokens] = prefill(index, *own, batch.pages[row], before, layer.scaling)
             start += new
         if save_kv_cache and self.selects:
-            self._summarise(index, q, lengths, layer)
+            self._summarise(index, q, k, lengths, layer)
         return out.view(len(out), -1)
 
     def _store(self, layer, forward_batch, k, v, save_kv_cache, extras: dict):
-        """Write K and V through; refuse what a model may ask of a backend and this one does not do."""
+        """Write K and V through."""
+        self._refuse_extras(layer, k, extras)
+        if save_kv_cache:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+
+    def _refuse_extras(self, layer, k, extras: dict):
+        """Refuse what a model may ask of a backend and this one does not do."""
         asked = [name for name, value in extras.items() if value is not None]
         if asked or k is None:
             what = f"attention arguments {asked}" if asked else "a layer that shares another layer's KV"
             raise NotImplementedError(f"layer {layer.layer_id}: RheoServe does not serve {what}")
-        if save_kv_cache:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
-    def _gather_prefix(self, index: int, pages: torch.Tensor, tokens: int):
-        """K and V of a request's first tokens, `[2, kv_heads, tokens, head_dim]`, or None."""
-        if tokens == 0:
-            return None
-        needed = (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
-        prefix = self.token_to_kv_pool.host.gather(index, pages[:needed].cpu())
-        return prefix[:, :, :tokens].to(self.token_to_kv_pool.device)
+    def _prefill(self, index: int, q, k, v, pages: torch.Tensor, before: int, scale: float) -> torch.Tensor:
+        """Attention of one request's new tokens, of which `before` came earlier."""
+        prefix = None
+        if before:
+            pool = self.token_to_kv_pool
+            prefix = pool.host.gather(index, pages[: pages_of(before)].cpu())[:, :, :before].to(pool.device)
+        return prefill_attention(q, k, v, prefix, scale)
 
-    def _summarise(self, index: int, q: torch.Tensor, lengths: list[int], layer):
+    def _prefill_on_gpu(self, index: int, q, k, v, pages: torch.Tensor, before: int, scale: float) -> torch.Tensor:
+        prefix = None
+        if before:
+            pool = self.token_to_kv_pool
+            tiers = pool.host.layers[index], pool.frames.layers[index], pool.residency.frame_of[index]
+            prefix = self.staging.prefix(*tiers, pages[: pages_of(before)], before)
+        return prefill_flash(q, k, v, prefix, scale)
+
+    def _summarise(self, index: int, q: torch.Tensor, k: torch.Tensor, lengths: list[int], layer):
         """Gate keys of the pages that were written, and a first importance from each last query."""
         pool, batch = self.token_to_kv_pool, self.batch
         tapped = self.taps and self.taps.of_layer(layer.layer_id)
-        pool.gate.refresh(pool, index, self.writes, tapped)
+        pool.gate.refresh(pool, index, self.writes, k, tapped)
         if self.config.mode == "balanced":
             last = (torch.tensor(lengths, device=q.device).cumsum(0) - 1).clamp(min=0)
             heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(last))
             pool.importance[index, self.prefilled] = 0.0  # of earlier chunks: the last one's query counts
             self.coordinator.record(index, batch, scores)
+
+    def _staging(self):
+        """Room for prefixes on a GPU, where its attention kernels take the model's dtype; else None."""
+        pool = self.token_to_kv_pool
+        if torch.device(pool.device).type != "cuda" or pool.dtype not in (torch.float16, torch.bfloat16):
+            return None
+        from rheoserve_sgl.ops.gpu.gather import Staging
+
+        return Staging(pool.head_num, pool.head_dim, pool.dtype, pool.device)
+
+    def _on_gpu(self, model_runner):
+        """The kernels of a decode step, or None where a gate has none (the oracle)."""
+        pool = self.token_to_kv_pool
+        if self.selects and not pool.gate.kind:
+            return None
+        from rheoserve_sgl.runtime.gpu_decode import GpuDecode, rank_processors
+
+        first, *others = attention_layers(model_runner.model).values()
+        for layer in others:
+            if layer.scaling != first.scaling:
+                raise ValueError(f"layer {layer.layer_id} scales logits by {layer.scaling}, layer 0 by {first.scaling}")
+        slots, context = self.req_to_token_pool.req_to_token.shape
+        world = get_world_group()
+        return GpuDecode(
+            pool,
+            self.rules,
+            batch=slots,
+            max_pages=pages_of(context),
+            group=first.tp_q_head_num // pool.head_num,
+            scale=first.scaling,
+            cpus=rank_processors(world.local_rank, world.world_size, self.threads),
+        )
 
     def _tap(self, model) -> RopeTaps | None:
         """See queries and keys before RoPE, if the gate works on those."""
@@ -159,6 +243,10 @@ class RheoAttnBackend(AttentionBackend):
         taps = RopeTaps(model)
         pool.gate.prepare(rope_table(taps.rotary), len(self.req_to_token_pool.req_to_token), pool.head_dim)
         return taps
+
+
+def pages_of(tokens: int) -> int:
+    return (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
 
 
 def decode_rule(config) -> Rule:

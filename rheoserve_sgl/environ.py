@@ -3,6 +3,7 @@
 RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`amx`, `avx512_bf16`, `avx512`, `avx2`, `neon_bf16`,
                                 `neon`, `scalar`)
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
+RHEOSERVE_TEST_ANSWER_SECONDS   tests only: how long a GPU waits for the CPU's attention
 
 SGLANG_USE_CPU_ENGINE           SGLang's: 1 asks for its own CPU engine, and our CPU platform steps aside
 
@@ -27,6 +28,15 @@ def random_exchange_seed() -> int | None:
         return int(text)
     except ValueError:
         raise ValueError(f"RHEOSERVE_TEST_RANDOM_EXCHANGE is {text!r}; legal: an integer seed") from None
+
+
+def answer_seconds(default: float) -> float:
+    """How long a GPU waits for the CPU's attention before its step is lost."""
+    text = os.environ.get("RHEOSERVE_TEST_ANSWER_SECONDS", "")
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise ValueError(f"RHEOSERVE_TEST_ANSWER_SECONDS is {text!r}; legal: a number of seconds") from None
 
 
 def wants_sglang_cpu_engine() -> bool:

@@ -55,6 +55,7 @@ HOOKS = (
     ),
     Hook(SRT + "mem_cache.common.release_kv_cache", "before", _OURS + "lifecycle.request_left"),
     Hook(SRT + "mem_cache.allocation.alloc_for_extend", "after", _OURS + "request_options.requests_enter"),
+    Hook(SRT + "managers.scheduler.Scheduler.process_batch_result", "before", _OURS + "gpu_decode.require_answers"),
     Hook(
         SRT + "sampling.sampling_params.SamplingParams.verify",
         "after",

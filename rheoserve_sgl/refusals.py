@@ -32,8 +32,7 @@ _FLAGS = (
     ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
     ("enable_two_batch_overlap", lambda v: not v, "leave it out"),
     ("enable_torch_compile", lambda v: not v, "leave it out"),
-    ("cuda_graph_config", lambda v: v is None, "leave it out: CUDA graphs are not supported yet"),
-    ("cuda_graph_backend_decode", lambda v: v in (None, "disabled"), "leave it out: not supported yet"),
+    ("cuda_graph_backend_decode", lambda v: v in (None, "full", "disabled"), "full, or leave it out"),
     ("cuda_graph_backend_prefill", lambda v: v in (None, "disabled"), "leave it out: not supported yet"),
     ("enable_pdmux", lambda v: not v, "leave it out"),
 )
@@ -129,11 +128,9 @@ def refuse_layers(model):
     Args:
         model: the loaded nn.Module; its RadixAttention layers are looked at.
     """
-    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+    from sglang.srt.layers.radix_attention import AttentionType
 
-    for path, layer in model.named_modules():
-        if not isinstance(layer, RadixAttention):
-            continue
+    for path, layer in attention_layers(model).items():
         features = {
             "a sliding window": (layer.sliding_window_size or -1) > 0,
             "logit soft-capping": (layer.logit_cap or 0.0) > 0.0,
@@ -147,6 +144,14 @@ def refuse_layers(model):
                     f"{path} has {feature}, which --attention-backend rheoserve cannot serve; "
                     "use another --attention-backend for this model"
                 )
+
+
+def attention_layers(model) -> dict:
+    """The RadixAttention layers of a loaded model, by path, in the order of their layer ids."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    found = {path: layer for path, layer in model.named_modules() if isinstance(layer, RadixAttention)}
+    return dict(sorted(found.items(), key=lambda item: item[1].layer_id))
 
 
 def _has_window(config) -> bool:

@@ -127,10 +127,9 @@ class RheoServerArgs(ServerArgs):
     def _apply_defaults(self):
         if self.page_size is None:
             self.page_size = PAGE_TOKENS
-        # Decode calls the CPU kernel between layers, so it cannot be captured yet; prefill and
-        # decode run eagerly. (docs/how-it-works.md, "On a GPU".)
         self.disable_prefill_cuda_graph = True
-        self.disable_decode_cuda_graph = True
+        if current_platform.device_type == "cpu" or self.rheoserve_selector == "oracle":
+            self.disable_decode_cuda_graph = True
         if current_platform.device_type == "cpu":
             environ.quiet_openmp()
 

@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, ask, attend, gate, plan, score, snapshot, tables
+from rheoserve_sgl.ops.gpu import append, ask, attend, gate, gather, move, plan, score, snapshot, tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
 BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 3, 2, 4, 512, 9, 5
@@ -66,7 +66,9 @@ def launch_all(dtype: torch.dtype, dim: int):
             plan.plan_gpu(
                 rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, totals
             )  # fmt: skip
-    split = attend.Split.make(BATCH * KV_HEADS, GROUP, dim, PAGES, "cpu")
+    move.fill_frames(host.flatten(0, 1), frames, loc, loc)
+    gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
+    split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
     attend.attend_split(q, frames, visit, split, 0.1)
     answer = (exchange.visit.count, exchange.out, exchange.lse)
     attend.merge_parts(visit, split, torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP), answer)

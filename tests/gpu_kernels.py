@@ -15,8 +15,10 @@ from rheoserve_sgl.ops.attention import attend_torch
 from rheoserve_sgl.ops.attn_gate import gate_keys_torch
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
-from rheoserve_sgl.ops.gpu.attend import Split, attend_gpu, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
+from rheoserve_sgl.ops.gpu.gather import Staging
+from rheoserve_sgl.ops.gpu.move import fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
@@ -246,8 +248,47 @@ def test_the_cpus_answer_is_merged_where_there_is_one():
     expected = merge_torch(*attend_torch(q, blocks, visit, 0.125), *host)
     host[0][theirs.count == 0], host[1][theirs.count == 0] = torch.nan, torch.nan  # a list without blocks has no answer
     own = moved(visit, DEVICE)
-    split = Split.make(4, 4, 64, visit.blocks.shape[-1], DEVICE)
+    split = SplitRoom(9, 4, 64, DEVICE).split(4)
     out, lse = torch.empty(2, 2, 4, 64, device=DEVICE), torch.empty(2, 2, 4, device=DEVICE)
     attend_split(q.to(DEVICE), blocks.to(DEVICE), own, split, 0.125)
     merge_parts(own, split, out, lse, (theirs.count.to(DEVICE), *(part.to(DEVICE) for part in host)))
     torch.testing.assert_close([out.cpu(), lse.cpu()], list(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_a_prefix_comes_from_both_tiers(dim):
+    host, frames = torch.randn(20, 2, 2, 64, dim), torch.randn(6, 2, 64, dim)
+    frame_of = torch.randint(-6, 6, (20, 2), dtype=torch.int32).clamp(min=-1)
+    pages = torch.tensor([7, 3, 19, 4])
+    expected = torch.stack([host[pages, head] for head in range(2)], 1)  # [page, head, 2, 64, dim]
+    for at, page in enumerate(pages):
+        for head in range(2):
+            if frame_of[page, head] >= 0:
+                expected[at, head] = frames[frame_of[page, head]]
+    expected = expected.permute(2, 0, 3, 1, 4).reshape(2, 4 * 64, 2, dim)
+    pinned = host.pin_memory() if DEVICE == "cuda" else host
+    staging = Staging(2, dim, torch.float32, DEVICE)
+    for tokens in (200, 256, 1):
+        some = pages[: (tokens + 63) // 64].to(DEVICE)
+        got = staging.prefix(pinned, frames.to(DEVICE), frame_of.to(DEVICE), some, tokens)
+        assert torch.equal(got.cpu(), expected[:, :tokens])
+
+
+def test_room_for_parts_is_enough_for_every_batch():
+    for most in (1, 3, 40, 500, 5000):
+        room = SplitRoom(most, 2, 16, "cpu")
+        for pairs in range(1, most + 1, max(most // 50, 1)):
+            split = room.split(pairs)
+            assert split.acc.shape[0] == split.lse.shape[0] == pairs and split.lse.shape[1] >= 1
+            assert split.acc.data_ptr() == room.split(1).acc.data_ptr()
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_frames_are_filled_from_the_host_store(dim):
+    host, frames = torch.randn(20, 2, 64, dim), torch.randn(9, 2, 64, dim)
+    blocks, targets = torch.tensor([7, 19, 0]), torch.tensor([2, 0, 8])
+    expected = frames.clone()
+    expected[targets] = host[blocks]
+    own = frames.to(DEVICE)
+    fill_frames(host.pin_memory() if DEVICE == "cuda" else host, own, blocks.to(DEVICE), targets.to(DEVICE))
+    assert torch.equal(own.cpu(), expected)

@@ -54,7 +54,7 @@ def fill(pool, pages: torch.Tensor, lens: torch.Tensor, rule: Rule):
             batch = Batch.build(table_of(pages), torch.tensor([row]), lens[row : row + 1], length, 1, 1)
             writes = Writes.of_extend(batch, [0], [length])
             writes = moved(writes, device)
-            pool.gate.refresh(pool, layer, writes, Tapped(plain, plain, writes.key_position))
+            pool.gate.refresh(pool, layer, writes, k.to(device), Tapped(plain, plain, writes.key_position))
     wanted = torch.rand(pool.residency.frame_of.shape, generator=generator) < 0.5
     used = torch.zeros(wanted.shape[1], dtype=torch.bool)
     for row, length in enumerate(lens.tolist()):
@@ -110,7 +110,8 @@ def test_steps_equal_the_cpus(name, selector):
         batch = Batch.build(table, slots, lens, int(lens.max()), rule.sink_pages, rule.window_pages)
         writes = Writes.of_decode(batch)
         loc = table[slots, lens - 1].long()
-        step.begin(table.to(DEVICE), slots.to(DEVICE), lens.to(DEVICE), 3, 5, rule.budget_pages, 1.5**at)
+        limits = torch.full((3,), rule.budget_pages, dtype=torch.int32, device=DEVICE)
+        step.begin(table.to(DEVICE), slots.to(DEVICE), lens.to(DEVICE), 3, 5, limits, 1.5**at)
         for layer in range(LAYERS):
             q, plain_q = torch.randn(2, 3, HEADS * GROUP * DIM)
             k, v, plain_k = torch.randn(3, 3, HEADS, DIM)
@@ -118,7 +119,7 @@ def test_steps_equal_the_cpus(name, selector):
             heads, scores = q.view(3, HEADS, GROUP, DIM), None
             tapped = Tapped(plain_q, plain_k.flatten(1), lens - 1)
             if rule.needs_scores:
-                theirs.gate.refresh(theirs, layer, writes, tapped)
+                theirs.gate.refresh(theirs, layer, writes, k, tapped)
                 scores = theirs.gate.score(theirs, layer, heads, SCALE, batch, tapped)
             frame_of = theirs.residency.frame_of[layer]
             lists = plan(rules[layer], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of)

@@ -109,6 +109,7 @@ def test_writes_name_each_token_once(requests):
     expected = [int(table[row, b + i]) for row, (b, n) in enumerate(zip(before, new, strict=True)) for i in range(n)]
     assert [got[i] for i in sorted(got)] == expected
     assert writes.most_new == min(max(new), 64)
+    assert writes.whole == (not writes.before.any())
 
 
 @pytest.mark.parametrize("k_pooling", ["Kmaxminavg", "Kmin", "Kmaxavg"])
@@ -299,7 +300,7 @@ def test_a_model_may_give_views_of_one_projection():
         gate = SeerGate([make_weights()])
         gate.prepare(rope(4096, DIM).float(), 4, DIM)
         pool = SimpleNamespace(threads=1, quick=SimpleNamespace(layers=[torch.zeros(9, KV_HEADS, DIM)]))
-        gate.refresh(pool, 0, writes, tapped)
+        gate.refresh(pool, 0, writes, tapped.k, tapped)
         last = tapped.take(torch.tensor([129]))
         heads = torch.zeros(1, KV_HEADS, GROUP, DIM)
         results += [pool.quick.layers[0], gate.score(pool, 0, heads, 1.0, batch, last)]

@@ -107,9 +107,11 @@ def reference(checkpoints, tmp_path_factory):
     ("args", "env"),
     [
         (["--rheoserve-mode", "full"], {}),
+        (["--rheoserve-mode", "full", "--disable-cuda-graph"], {}),
         (["--rheoserve-token-budget", "16384"], {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}),
+        (["--rheoserve-token-budget", "16384", "--rheoserve-selector", "mean", "--disable-cuda-graph"], {}),
     ],
-    ids=["full", "balanced-random-exchange"],
+    ids=["full", "full-without-graphs", "balanced-random-exchange", "balanced-mean-without-graphs"],
 )
 def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints, tmp_path):
     """Tokens are equal up to a step where the two best are within rounding; log probabilities up to there."""
@@ -120,6 +122,16 @@ def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints,
         assert counts["host_blocks"] > 0 < counts["device_blocks"]
         after = server.settle()
         assert after["frames_used"] == after["host_pages_used"] == 0
+
+
+def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):
+    """With no time to answer at all, already the steps before CUDA graphs are captured are lost."""
+    args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512", *HALF]
+    env = {"RHEOSERVE_TEST_ANSWER_SECONDS": "0"}
+    with pytest.raises(RuntimeError, match="the server exited with -?[1-9]"):
+        with rheo_server(checkpoints.path(), args, tmp_path, env):
+            pass
+    assert "CPU attention did not answer in 0 s: layer " in (tmp_path / "log").read_text()
 
 
 def same_up_to_rounding(mine, theirs) -> bool:

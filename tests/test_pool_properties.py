@@ -118,7 +118,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.table[slot, self.lens[slot]] = at
             self.lens[slot] += 1
         batch = self.batch()
-        self.pool.coordinator.begin_decode(batch)
+        self.pool.coordinator.begin_decode(lambda: batch)
         self.store(loc)
         for layer in range(LAYERS):
             scores = torch.randn(len(batch.pages), HEADS, batch.pages.shape[1], generator=self.random).to(self.device)

@@ -19,7 +19,7 @@ REFUSED = {
     "--speculative-algorithm NGRAM": "--speculative-algorithm is 'NGRAM'",
     "--prefill-attention-backend torch_native": "--prefill-attention-backend is 'torch_native'",
     "--disaggregation-mode prefill": "--disaggregation-mode is 'prefill'",
-    "--cuda-graph-backend-decode full": "--cuda-graph-backend-decode is 'full'",
+    "--cuda-graph-backend-decode breakable": "--cuda-graph-backend-decode is 'breakable'.*full",
     "--rheoserve-token-budget 100": "--rheoserve-token-budget is 100; legal: a multiple of 64",
     "--rheoserve-threshold 2": "--rheoserve-threshold is 2.0",
     "--rheoserve-selector seer": "--rheoserve-selector is 'seer'; legal: seer with --rheoserve-gate-path",

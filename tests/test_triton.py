@@ -24,4 +24,14 @@ def test_kernels_compile_for_ampere_ada_and_hopper(capability):
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     names = run.stdout.partition("compiled: ")[2].split()
-    assert {"_append", "_snapshot", "_score", "_plan", "_attend_split", "_merge", "_queries", "_keys"} <= set(names)
+    assert {
+        "_append",
+        "_snapshot",
+        "_score",
+        "_plan",
+        "_attend_split",
+        "_merge",
+        "_queries",
+        "_keys",
+        "_gather",
+    } <= set(names)

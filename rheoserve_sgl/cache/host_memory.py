@@ -33,10 +33,11 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             pass  # a kernel without transparent huge pages
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    extension().interleave(flat.data_ptr(), flat.nbytes)
-    start = -flat.data_ptr() % HUGE_PAGE
-    return flat[start : start + size].view(dtype).view(shape)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    extension().interleave(whole.data_ptr(), whole.nbytes)
+    start = -whole.data_ptr() % HUGE_PAGE
+    # Its storage starts where it does: torch asks the storage's address whether a tensor is pinned.
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start).view(dtype).view(shape)
 
 
 def pin_all(owner, tensors: list[torch.Tensor], threads: int):

@@ -93,7 +93,10 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def write(self, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Store tokens of layer `index`: loc `[tokens]` int64; k, v `[tokens, kv_heads, head_dim]`."""
-        append(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
+        write = append
+        if k.is_cuda:
+            from rheoserve_sgl.ops.gpu.append import append_gpu as write
+        write(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
 
     def forget_pages(self, pages: torch.Tensor) -> int:
         """Give back the frames of pages that left their owner; returns how many there were."""
@@ -118,12 +121,20 @@ class TwoTierKVPool(MHATokenToKVPool):
         for index, count in enumerate(counts):
             take = slice(start, start + min(count, most))
             if take.stop > take.start:
-                source = self.host.blocks(index).index_select(0, block[take].cpu())
-                self.frames.fill(index, frame[take], source)
+                self._fill_frames(index, block[take], frame[take])
                 self.residency.admit(layer[take], block[take], frame[take])
                 copied += take.stop - take.start
             start += count
         return copied
+
+    def _fill_frames(self, index: int, block: torch.Tensor, frame: torch.Tensor):
+        """Copy blocks of layer `index` from the host store into frames."""
+        if block.is_cuda:
+            from rheoserve_sgl.ops.gpu.move import fill_frames
+
+            fill_frames(self.host.blocks(index), self.frames.layers[index], block, frame)
+        else:
+            self.frames.fill(index, frame, self.host.blocks(index).index_select(0, block))
 
     def clear(self):
         """Forget all pages (flush_cache)."""

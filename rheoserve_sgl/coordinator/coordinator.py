@@ -6,6 +6,8 @@ batch is in flight; those reports wait in a queue until the next batch begins, w
 reused page can be written.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS, environ
@@ -37,6 +39,7 @@ class Coordinator:
         # Of this step's scores in the importance: it grows instead of the past being multiplied down.
         self.weight = 1.0
         seed = environ.random_exchange_seed()
+        self.gpu_totals: torch.Tensor | None = None  # blocks attended in each tier, where a GPU counts them
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         per_layer = EXCHANGE_BYTES // max(pool.layer_num * pool.block_bytes, 1)
         self._most = max(per_layer, 1)
@@ -77,16 +80,21 @@ class Coordinator:
         self._changed = True
         self.pool.clear()
 
-    def begin_decode(self, batch: Batch):
-        """Call before a decode step's first layer."""
+    def begin_decode(self, make_batch: Callable[[], Batch]):
+        """Call before a decode step's first layer.
+
+        Args:
+            make_batch: gives the step's Batch; called only if blocks are exchanged
+        """
         self.settle()
-        self._sum_visits()
+        if self._visited:
+            self._sum_visits()
         self._steps += 1
         self.counts["decode_steps"] += 1
         self._fade()
         if self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0:
             self._changed = False
-            self._exchange(batch)
+            self._exchange(make_batch())
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor):
         """Add gate scores `[batch, kv_heads, max_pages]` to a layer's importance."""
@@ -104,6 +112,8 @@ class Coordinator:
 
     def _sum_visits(self):
         """Once a step: sums of small tensors cost more than the tensors."""
+        if self.gpu_totals is not None:
+            self.counts["device_blocks"], self.counts["host_blocks"] = self.gpu_totals.tolist()
         if self._visited:
             for name, counts in zip(("device_blocks", "host_blocks"), zip(*self._visited, strict=True), strict=True):
                 self.counts[name] += int(torch.cat(counts).sum())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rheoserve_sgl.ops.pool_keys import pool_keys
+from rheoserve_sgl.ops.pool_keys import pool_keys, pool_new_keys
 from rheoserve_sgl.ops.score import score
 
 
@@ -40,12 +40,13 @@ class Gate(ABC):
         """Length of a block's key."""
 
     @abstractmethod
-    def refresh(self, pool, layer: int, writes, tapped: Tapped | None):
+    def refresh(self, pool, layer: int, writes, k: torch.Tensor, tapped: Tapped | None):
         """Bring the keys of pages up to date, after their tokens were stored.
 
         Args:
             pool: TwoTierKVPool
             writes: rheoserve_sgl.runtime.writes.Writes
+            k: `[tokens, kv_heads, head_dim]`, the new tokens' keys after RoPE
         """
 
     @abstractmethod
@@ -76,9 +77,12 @@ class PooledGate(Gate):
     def query(self, q: torch.Tensor) -> torch.Tensor:
         """Map queries `[..., head_dim]` to `[..., key_dim]`."""
 
-    def refresh(self, pool, layer, writes, tapped=None):
+    def refresh(self, pool, layer, writes, k, tapped=None):
         quick = pool.quick.layers[layer]
-        pool_keys(self, pool.host.layers[layer], writes.pages, writes.filled, quick, pool.threads)
+        if k.is_cuda and writes.whole:
+            pool_new_keys(self, k, writes, quick)
+        else:
+            pool_keys(self, pool.host.layers[layer], writes.pages, writes.filled, quick, pool.threads)
 
     def score(self, pool, layer, heads, scale, batch, tapped=None):
         quick = pool.quick.layers[layer]

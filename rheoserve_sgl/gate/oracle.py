@@ -14,7 +14,7 @@ class OracleGate(Gate):
     def key_dim(self, head_dim: int) -> int:
         return 16  # unused
 
-    def refresh(self, pool, layer, writes, tapped=None):
+    def refresh(self, pool, layer, writes, k, tapped=None):
         pass
 
     def score(self, pool, layer, heads, scale, batch, tapped=None):

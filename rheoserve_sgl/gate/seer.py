@@ -63,7 +63,7 @@ class SeerGate(Gate):
         )
         self.running = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in self.layers]
 
-    def refresh(self, pool, layer, writes, tapped):
+    def refresh(self, pool, layer, writes, k, tapped):
         kv_heads = self.layers[layer].k.shape[0]
         plain = tapped.k.float().reshape(len(tapped.k), kv_heads, -1).contiguous()
         gate_keys(self.layers[layer], plain, writes, self.running[layer], pool.quick.layers[layer], pool.threads)

@@ -26,6 +26,37 @@ def attend_with_lse(q, k, v, causal: bool, scale: float):
     return out, lse[..., : q.shape[2]]
 
 
+def flash_attention(q, k, v, causal: bool, scale: float):
+    """FlashAttention on a GPU, for fp16 and bf16; query heads share KV heads without a copy.
+
+    Args:
+        q: `[queries, heads, head_dim]`
+        k, v: `[keys, kv_heads, head_dim]`
+
+    Returns:
+        out like q, lse `[heads, queries]` float32
+    """
+    out, lse, *_ = _ATEN._flash_attention_forward(
+        q[None], k[None], v[None], None, None, len(q), len(k), 0.0, causal, False, scale=scale
+    )
+    return out[0], lse[0, :, : len(q)]
+
+
+def prefill_flash(q, k, v, prefix, scale: float) -> torch.Tensor:
+    """As `prefill_attention`, on a GPU and in half precision.
+
+    Args:
+        prefix: `[2, prefix_tokens, kv_heads, head_dim]`, or None
+    """
+    out, lse = flash_attention(q, k, v, True, scale)
+    if prefix is None:
+        return out
+    before, before_lse = flash_attention(q, prefix[0], prefix[1], False, scale)
+    both = torch.logaddexp(lse, before_lse)
+    own, earlier = (torch.exp(part - both).T[..., None] for part in (lse, before_lse))
+    return (out * own + before * earlier).to(q.dtype)
+
+
 def prefill_attention(q, k, v, prefix, scale: float) -> torch.Tensor:
     """Attention of one request's new tokens.
 

@@ -21,6 +21,7 @@ from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
 from rheoserve_sgl.server_args import selects_rheoserve
 
 logger = logging.getLogger(__name__)
+GPU_REQUESTS = 256  # at once, unless --max-running-requests says otherwise
 
 
 def resolve_sizes(original, configurator, pre_model_load_memory):
@@ -41,6 +42,9 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
     logger.info("RheoServe sizes: %s", sizes.reason)
     resolved.max_total_num_tokens = sizes.host_tokens
     resolved.max_running_requests = configurator.resolve_max_num_reqs(sizes.host_tokens)
+    if not on_cpu and configurator.server_args.max_running_requests is None:
+        # The memory of a decode step that stays where it is grows with this.
+        resolved.max_running_requests = min(resolved.max_running_requests, GPU_REQUESTS)
     # SGLang's size record has no field for the second tier; the flag's resolved value carries it
     # to `build_pool`.
     configurator.server_args.override("rheoserve.sizes", rheoserve_device_tokens=sizes.device_tokens)
@@ -55,7 +59,7 @@ def build_pool(original, configurator, **kwargs):
     layers = configurator.layer_info
     config = RheoConfig.from_server_args(configurator.server_args)
     if config.host_threads is None:
-        config = replace(config, host_threads=max(usable_threads() // get_world_group().world_size, 1))
+        config = replace(config, host_threads=_default_threads(configurator.device))
     gate, config = build_gate(config, model, configurator.device)
     pool = TwoTierKVPool(
         kwargs["sizes"].max_total_num_tokens,
@@ -106,6 +110,12 @@ def build_allocator(original, configurator, **kwargs):
         kvcache=pool,
         need_sort=False,
     )
+
+
+def _default_threads(device) -> int:
+    """This rank's part of the processors; beside a GPU some are left to SGLang's own processes."""
+    own = usable_threads() // get_world_group().world_size
+    return max(own if torch.device(device).type == "cpu" else own - 2, 1)
 
 
 def _token_bytes(configurator) -> int:

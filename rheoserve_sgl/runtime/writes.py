@@ -18,6 +18,7 @@ class Writes:
     before, filled: `[n]` int32, tokens of the page before and after
     key_position: `[n]` int64, where a learned gate rotates the page's key
     most_new: the largest of filled - before, known on the host
+    whole: whether no page had tokens before, known on the host
     """
 
     pages: torch.Tensor
@@ -27,6 +28,7 @@ class Writes:
     filled: torch.Tensor
     key_position: torch.Tensor
     most_new: int
+    whole: bool
 
     @classmethod
     def of_decode(cls, batch: Batch, rotate_last: bool = False) -> "Writes":
@@ -45,27 +47,29 @@ class Writes:
             filled=batch.tail_len,
             key_position=first + (PAGE_TOKENS - 1 if rotate_last else 0),
             most_new=1,
+            whole=False,
         )
 
     @classmethod
     def of_extend(cls, batch: Batch, prefixes: list[int], lengths: list[int]) -> "Writes":
         """`lengths[i]` tokens of request i after `prefixes[i]` that it had."""
         device = batch.pages.device
-        start = torch.tensor(prefixes, device=device)
+        had = torch.tensor(prefixes, device=device)
         new = torch.tensor(lengths, device=device)
         row_token = torch.cumsum(new, 0) - new
         at = torch.arange(batch.pages.shape[1], device=device)
-        written = batch.valid & (at >= (start // PAGE_TOKENS)[:, None]) & (new > 0)[:, None]
+        written = batch.valid & (at >= (had // PAGE_TOKENS)[:, None]) & (new > 0)[:, None]
         row, page = torch.nonzero(written, as_tuple=True)
         first = page * PAGE_TOKENS
-        before = (start[row] - first).clamp(min=0)
-        filled = ((start + new)[row] - first).clamp(max=PAGE_TOKENS)
+        before = (had[row] - first).clamp(min=0)
+        filled = ((had + new)[row] - first).clamp(max=PAGE_TOKENS)
         return cls(
             pages=batch.pages[row, page],
             requests=batch.requests.long()[row],
-            token=row_token[row] + first + before - start[row],
+            token=row_token[row] + first + before - had[row],
             before=before.to(torch.int32),
             filled=filled.to(torch.int32),
             key_position=first,
             most_new=min(max(lengths, default=0), PAGE_TOKENS),
+            whole=all(start % PAGE_TOKENS == 0 for start, new in zip(prefixes, lengths, strict=True) if new),
         )

@@ -13,19 +13,27 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.plan import Visit
 
-FEWEST = 4  # blocks of a list to a program, at least
+FEWEST = 2  # blocks of a list to a program, at least
 PARTS = 64  # programs to a list, at most
+PROGRAMS = 2048  # to all lists of a batch, roughly: some for each multiprocessor of any GPU
 HEADS = 16  # the smallest tile of tl.dot
 
 
 @triton.jit
+def _part_length(count, parts, FEWEST: tl.constexpr):
+    """Blocks of each part of a list."""
+    return tl.maximum((count + parts - 1) // parts, FEWEST)
+
+
+@triton.jit
 def _attend_split(
-    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, split, group,
-    DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, group,
+    DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     part = tl.program_id(1)
     count = tl.load(counts + pair)
+    split = _part_length(count, tl.num_programs(1), FEWEST)
     first = part * split
     if first < count:
         head = tl.arange(0, HEADS)
@@ -65,13 +73,15 @@ def _attend_split(
 
 @triton.jit
 def _merge(
-    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, split, group,
-    DIM: tl.constexpr, WIDE: tl.constexpr,
+    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
+    DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
-    used = (tl.load(counts + pair) + split - 1) // split
+    count = tl.load(counts + pair)
+    split = _part_length(count, parts, FEWEST)
+    used = (count + split - 1) // split
     row = pair * group + head
     visited = tl.load(host_counts + pair) > 0
     top = tl.load(host_lse + row, mask=visited, other=float("-inf"))
@@ -94,28 +104,34 @@ def _merge(
 
 @dataclass(frozen=True)
 class Split:
-    """How lists are split, and where the parts' results lie.
+    """Where the results of lists' parts lie.
 
-    each: blocks to a part
     acc: `[batch * kv_heads, parts, group, head_dim]` float32
     lse: `[batch * kv_heads, parts, group]` float32
     """
 
-    each: int
     acc: torch.Tensor
     lse: torch.Tensor
 
-    @classmethod
-    def make(cls, pairs: int, group: int, dim: int, max_list: int, device) -> "Split":
+
+class SplitRoom:
+    """Room for the parts of any batch up to a size; the fewer the lists, the more parts each has."""
+
+    def __init__(self, pairs: int, group: int, dim: int, device):
         if group > HEADS:
             raise ValueError(f"group is {group}; legal: 1 to {HEADS}")
-        each = max(FEWEST, triton.cdiv(max_list, PARTS))
-        shape = (pairs, triton.cdiv(max_list, each), group)
-        return cls(
-            each,
-            torch.empty((*shape, dim), dtype=torch.float32, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
-        )
+        rows = max(count * parts_of(count) for count in {pairs, min(pairs, PROGRAMS), min(pairs, PROGRAMS // PARTS)})
+        self._acc = torch.empty((rows, group, dim), dtype=torch.float32, device=device)
+        self._lse = torch.empty((rows, group), dtype=torch.float32, device=device)
+
+    def split(self, pairs: int) -> Split:
+        """For a batch with so many lists, in the same memory each time."""
+        rows = pairs * parts_of(pairs)
+        return Split(*(room[:rows].unflatten(0, (pairs, -1)) for room in (self._acc, self._lse)))
+
+
+def parts_of(pairs: int) -> int:
+    return min(max(PROGRAMS // max(pairs, 1), 1), PARTS)
 
 
 def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
@@ -126,13 +142,10 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
         blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
     """
     batch, kv_heads, group, dim = q.shape
-    parts = split.lse.shape[1]
-    if parts == 0:
-        return
-    _attend_split[(batch * kv_heads, parts)](
+    _attend_split[(batch * kv_heads, split.lse.shape[1])](
         q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse, scale,
-        visit.blocks.shape[-1], split.each, group,
-        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS,
+        visit.blocks.shape[-1], group,
+        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS, FEWEST=FEWEST,
     )  # fmt: skip
 
 
@@ -147,15 +160,15 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None):
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
     _merge[(batch * kv_heads, group)](
-        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], split.each, group,
-        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16),
+        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group,
+        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
     )  # fmt: skip
 
 
 def attend_gpu(q, blocks, visit: Visit, scale: float):
     """As `attend_torch`, by both kernels."""
     batch, kv_heads, group, dim = q.shape
-    split = Split.make(batch * kv_heads, group, dim, visit.blocks.shape[-1], q.device)
+    split = SplitRoom(batch * kv_heads, group, dim, q.device).split(batch * kv_heads)
     attend_split(q, blocks, visit, split, scale)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

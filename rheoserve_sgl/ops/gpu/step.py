@@ -8,7 +8,7 @@ import torch
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
-from rheoserve_sgl.ops.gpu.attend import Split, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -34,7 +34,7 @@ class GpuStep:
         device = pool.device
         self.tables = Tables.make(batch, max_pages, device)
         self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
-        self.split = Split.make(batch * kv_heads, group, dim, max_pages, device)
+        self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
         self.weight = torch.ones(1, dtype=torch.float32, device=device)  # of this step's scores in the importance
@@ -42,22 +42,24 @@ class GpuStep:
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
+        if self.selects and not self.kind:
+            raise ValueError(f"{type(pool.gate).__name__} has no kernels on a GPU")
         heads = 1 if self.kind == "seer" else group
         self.scratch = Scratch.make(batch, kv_heads, heads, max_pages, device) if self.selects else None
         width = pool.gate.key_dim(dim)
         self.gate_q = torch.zeros((batch, kv_heads, 1, width), dtype=torch.float32, device=device)
 
-    def begin(self, req_to_token, slots, lens, rows: int, batch: int, budget_pages: int, weight: float):
+    def begin(self, req_to_token, slots, lens, rows: int, batch: int, limits, weight: float):
         """Before a step: its page table, in stream order.
 
         Args:
             slots, lens: `[>= rows]` int64, rows of req_to_token and lengths, the new token included
             rows: requests; batch: with the padding that a CUDA graph adds
-            budget_pages: pages that a KV head may select
+            limits: `[requests]` int32, pages that a KV head may select, by row of req_to_token
             weight: of this step's scores in the importance of blocks
         """
         snapshot(req_to_token, slots, lens, rows, self.tables.rows(batch))
-        self.budgets.fill_(budget_pages)
+        self.budgets[:rows] = limits[slots[:rows]]
         self.weight.fill_(weight)
         self._rows.fill_(rows)
         self.exchange.batch.copy_(self._rows, non_blocking=True)
@@ -75,7 +77,7 @@ class GpuStep:
         _, kv_heads, group, dim = self.exchange.q.shape
         tables, visit = self.tables.rows(batch), rows_of(self.device_visit, batch)
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
-        heads = q.float().view(batch, kv_heads, group, dim)
+        heads = q.float().contiguous().view(batch, kv_heads, group, dim)
         append_gpu(
             pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
             quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
@@ -87,10 +89,11 @@ class GpuStep:
             self.totals,
         )  # fmt: skip
         self.asker.ring()
-        attend_split(heads, pool.frames.layers[index], visit, self.split, scale)
+        split = self.room.split(batch * kv_heads)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale)
         self.asker.wait()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        merge_parts(visit, self.split, out, self.lse, (exchange.visit.count, exchange.out, exchange.lse))
+        merge_parts(visit, split, out, self.lse, (exchange.visit.count, exchange.out, exchange.lse))
         return out.view(batch, -1)
 
     def _score(self, index: int, heads, tables: Tables, quick, scale: float, tapped) -> Scratch:
