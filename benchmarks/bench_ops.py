@@ -11,9 +11,13 @@ import statistics
 import torch
 from machine import describe_machine
 
+from rheoserve_sgl.cache.host_memory import pin_all, zeroed
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
+from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.ask import Asker
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.gather import gather_prefix
+from rheoserve_sgl.ops.gpu.move import fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
@@ -44,11 +48,12 @@ def seconds(calls) -> float:
     return statistics.median(times)
 
 
-def copy_rate() -> float:
-    """Bytes read and written a second by a device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def device_rates() -> dict[str, float]:
+    """Bytes a second: read and written by a device copy, and read by a plain sum over 4 GiB."""
+    source = torch.ones(1 << 31, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    return 2 * len(source) / seconds([lambda: target.copy_(source)] * 4)
+    copied = 2 * source.nbytes / seconds([lambda: target.copy_(source)] * 2)
+    return {"copy": copied, "read": source.nbytes / seconds([lambda: source.sum()] * 2)}
 
 
 class Case:
@@ -59,7 +64,7 @@ class Case:
         self.pages = context // PAGE
         self.listed = max(int(self.pages * resident), 1)
         pairs = (batch, KV_HEADS)
-        self.q = torch.randn(*pairs, GROUP, DIM, device="cuda")
+        self.q = torch.randn(*pairs, GROUP, DIM, device="cuda").bfloat16()
         self.visits = []
         for _ in range(CALLS):
             lists = torch.randint(len(frames), (*pairs, self.pages), dtype=torch.int32, device="cuda")
@@ -106,42 +111,82 @@ class Case:
         scratch = Scratch.make(self.batch, KV_HEADS, GROUP, self.pages, "cuda")
         exchange = Exchange.make(self.batch, KV_HEADS, GROUP, DIM, self.pages, pin=True)
         visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(exchange.visit).values()))
-        quick = [torch.randn(all_pages, KV_HEADS, 2 * DIM, device="cuda") for _ in range(CALLS)]
+        quick = [torch.randn(all_pages, KV_HEADS, 2 * DIM, device="cuda").bfloat16() for _ in range(CALLS)]
         frame_of = torch.zeros(all_pages, KV_HEADS, dtype=torch.int32, device="cuda")
         importance, weight = torch.zeros(all_pages, KV_HEADS, device="cuda"), torch.ones(1, device="cuda")
         budgets = torch.full((self.batch,), 4096 // PAGE, dtype=torch.int32, device="cuda")
-        totals = torch.zeros(2, dtype=torch.int64, device="cuda")
+        visited, totals = torch.zeros_like(visit.count), torch.zeros(2, dtype=torch.int64, device="cuda")
         rule = Rule(Select.BUDGET, 1, 8)
 
         def call(keys):
             score_tiles(self.q, keys, tables, scratch, DIM**-0.5, "range")
-            plan_gpu(rule, self.q, tables, scratch, frame_of, importance, weight, budgets, exchange, visit, totals)
+            plan_gpu(
+                rule, self.q, tables, scratch, frame_of, importance, weight, budgets, exchange, visit, visited, totals
+            )  # fmt: skip
 
         return seconds([lambda keys=keys: call(keys) for keys in quick])
 
 
-def asking(beside: bool) -> float:
-    """Seconds of a question with nothing to visit; with 20 us of other work, what it adds to that."""
-    exchange = Exchange.make(1, KV_HEADS, GROUP, DIM, 8, pin=True)
+def asking() -> dict[str, float]:
+    """Microseconds of a question with nothing to visit: what it adds to `plan` and `merge` in a row, and with other
+    work of some 20 us between the two."""
+    pairs = (1, KV_HEADS)
+    exchange = Exchange.make(*pairs, GROUP, DIM, 8, pin=True)
     exchange.batch[0] = 1
     doorbell = Doorbell(exchange, [torch.zeros(8, 2, PAGE, DIM).bfloat16()], DIM**-0.5, 4)
     asker = Asker(exchange, 10.0)
+    tables = Tables.make(1, 8, "cuda")  # no pages
+    visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(exchange.visit).values()))
+    visited, totals = torch.zeros_like(visit.count), torch.zeros(2, dtype=torch.int64, device="cuda")
+    frame_of = torch.zeros(8, KV_HEADS, dtype=torch.int32, device="cuda")
+    q, lse = torch.zeros(*pairs, GROUP, DIM, device="cuda"), torch.zeros(*pairs, GROUP, device="cuda")
+    split = SplitRoom(KV_HEADS, GROUP, DIM, "cuda").split(KV_HEADS)
     a = torch.randn(1024, 2048, dtype=torch.bfloat16, device="cuda")
-    work = [lambda: a.mul_(1.0) for _ in range(8)] if beside else []
+    rule = Rule(Select.ALL, 1, 1)
 
-    def run(asks: bool) -> float:
+    def took(asker, between: int) -> float:
         def call():
-            if asks:
-                asker.ring()
-            for each in work:
-                each()
-            if asks:
-                asker.wait()
+            plan_gpu(
+                rule, q, tables, None, frame_of, lse, lse, totals, exchange, visit, visited, totals, asker
+            )  # fmt: skip
+            for _ in range(between):
+                a.mul_(1.0)
+            merge_parts(visit, split, q, lse, (visited, exchange.out, exchange.lse), asker)
 
         doorbell.expect(10**6)
-        return seconds([call] * 100)
+        return seconds([call] * 100) * 1e6
 
-    return run(True) - (run(False) if beside else 0.0)
+    return {
+        "alone": took(asker, 0) - took(None, 0),
+        "exposed": took(asker, 8) - took(None, 8),
+        "other_work": took(None, 8) - took(None, 0),
+    }
+
+
+def moving(frames: torch.Tensor) -> dict[str, float]:
+    """GB/s over PCIe: the copy engine's, and of the kernels that move blocks."""
+    blocks = 8192
+    host = zeroed((4 * blocks // KV_HEADS, KV_HEADS, 2, PAGE, DIM), torch.bfloat16)
+    pin_all(Case, [host], 8)  # for as long as the program runs
+    rates = {}
+    there = torch.empty(blocks, 2, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
+    here = host.flatten(0, 1)[:blocks]
+    amount = blocks * BLOCK / 1e9
+    rates["copy_to_device"] = amount / seconds([lambda: there.copy_(here, non_blocking=True)] * 2)
+    rates["copy_to_host"] = amount / seconds([lambda: here.copy_(there, non_blocking=True)] * 2)
+    picked = [torch.randperm(4 * blocks, device="cuda")[:blocks] for _ in range(2)]
+    targets = torch.randperm(len(frames) - 1, device="cuda")[:blocks]
+    rates["fill_frames"] = amount / seconds(
+        [lambda p=p: fill_frames(host.flatten(0, 1), frames, p, targets) for p in picked]
+    )
+    pages = [torch.randperm(len(host), device="cuda")[: blocks // KV_HEADS] for _ in range(2)]
+    none = torch.full((len(host), KV_HEADS), -1, dtype=torch.int32, device="cuda")
+    out = torch.empty(2, blocks // KV_HEADS * PAGE, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    rates["gather_prefix"] = amount / seconds([lambda p=p: gather_prefix(host, frames, none, p, out) for p in pages])
+    loc = [(p[:, None] * PAGE + torch.arange(PAGE, device="cuda")).flatten() for p in pages]
+    k, v = torch.randn(2, blocks // KV_HEADS * PAGE, KV_HEADS, DIM, device="cuda").bfloat16()
+    rates["write_through"] = amount / seconds([lambda at=at: append_gpu(host, frames, none, at, k, v) for at in loc])
+    return rates
 
 
 def main():
@@ -152,8 +197,9 @@ def main():
     parser.add_argument("--frames", type=int, default=1 << 17, help="frames, of 32 KiB each")
     args = parser.parse_args()
     frames = torch.randn(args.frames, 2, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
-    limit = copy_rate()
-    print(f"device copy: {limit / 1e9:.0f} GB/s read and written")
+    rates = device_rates()
+    limit = max(rates.values())
+    print(f"device: {rates['copy'] / 1e9:.0f} GB/s read and written by a copy, {rates['read'] / 1e9:.0f} read by a sum")
     rows = []
     for context in args.contexts:
         for batch in args.batches:
@@ -163,20 +209,23 @@ def main():
                 "context": context,
                 "batch": batch,
                 "attention_us": attention * 1e6,
-                "attention_of_copy": case.bytes / attention / limit,
+                "attention_gb_s": case.bytes / attention / 1e9,
+                "attention_of_limit": case.bytes / attention / limit,
                 "fa3_us": None if fa3 is None else fa3 * 1e6,
                 "score_and_plan_us": selection * 1e6,
             }
             rows.append({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
             print(rows[-1], flush=True)
-    alone, exposed = asking(beside=False), asking(beside=True)
-    print(f"asking with nothing to visit: {alone * 1e6:.1f} us alone, {exposed * 1e6:.1f} us beside other work")
+    bell, moves = asking(), moving(frames)
+    print("asking with nothing to visit, us:", {name: round(us, 1) for name, us in bell.items()})
+    print("over PCIe, GB/s:", {name: round(rate, 1) for name, rate in moves.items()})
     document = {
         "benchmark": "ops",
         "options": vars(args),
-        "copy_gb_s": limit / 1e9,
+        "device_gb_s": {name: rate / 1e9 for name, rate in rates.items()},
         "cases": rows,
-        "asking_us": {"alone": alone * 1e6, "exposed": exposed * 1e6},
+        "asking_us": bell,
+        "pcie_gb_s": moves,
         "gpu": torch.cuda.get_device_name(),
         **describe_machine(),
     }

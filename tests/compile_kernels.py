@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, ask, attend, gate, gather, move, plan, score, snapshot, tables
+from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, score, snapshot, tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
 BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 3, 2, 4, 512, 9, 5
@@ -33,6 +33,13 @@ class Elsewhere:
 
     def get_current_stream(self, device=None):
         return 0
+
+
+class Bell:
+    """What an Asker has."""
+
+    arrived, limit = torch.zeros(1, dtype=torch.int32), 10**9
+    asked = answered = counter = seen = lost = report = torch.zeros(1, dtype=torch.int64)
 
 
 def compile_instead(launch):
@@ -63,15 +70,19 @@ def launch_all(dtype: torch.dtype, dim: int):
     for select in Select:
         for scored in (scratch, None) if select in (Select.ALL, Select.FORCED) else (scratch,):
             rule = Rule(select, 1, 8, selected_only=select == Select.FORCED)
-            plan.plan_gpu(
-                rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, totals
-            )  # fmt: skip
+            for asker in (None, Bell()):
+                plan.plan_gpu(
+                    rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, visit.count,
+                    totals, asker,
+                )  # fmt: skip
     move.fill_frames(host.flatten(0, 1), frames, loc, loc)
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
     attend.attend_split(q, frames, visit, split, 0.1)
     answer = (exchange.visit.count, exchange.out, exchange.lse)
-    attend.merge_parts(visit, split, torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP), answer)
+    for asker in (None, Bell()):
+        out, lse = torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP)
+        attend.merge_parts(visit, split, out, lse, answer, asker)
     matrices = torch.zeros(KV_HEADS, GROUP, dim, dim), torch.zeros(KV_HEADS, 3 * dim, dim)
     weights = GateWeights(*matrices, *torch.zeros(2, dim), torch.zeros(9, dim))
     gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
@@ -84,9 +95,6 @@ def main():
     JITFunction.run = compile_instead(JITFunction.run)
     for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80)):
         launch_all(dtype, dim)
-    bell = torch.zeros(3, 8, dtype=torch.int64)
-    ask._ring[(1,)](bell[2], bell[0], num_warps=1)
-    ask._wait[(1,)](bell[2], bell[2], bell[2], bell[1], 10**9, num_warps=1)
     print(len(compiled), "compiled:", *sorted(set(compiled)))
 
 

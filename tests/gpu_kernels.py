@@ -148,13 +148,15 @@ def test_score_and_plan_equal_torch(rule, selector, heads):
     lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((*pairs, max_pages), pairs, pairs)]
     device, totals = Visit(*lists), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     there = [t.to(DEVICE) for t in (q, quick, frame_of, importance.clone())]
+    visited = torch.full(pairs, 7, dtype=torch.int32, device=DEVICE)
     weight = torch.tensor([2.0], device=DEVICE)
     budgets = torch.full((rows,), rule.budget_pages, dtype=torch.int32, device=DEVICE)
     score_tiles(there[0], there[1], tables, scratch, 0.125, "range" if selector == "quest" else "dot")
-    plan_gpu(rule, there[0], tables, scratch, there[2], there[3], weight, budgets, exchange, device, totals)
+    plan_gpu(rule, there[0], tables, scratch, there[2], there[3], weight, budgets, exchange, device, visited, totals)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
+    assert torch.equal(visited.cpu(), exchange.visit.count)
     for got, wanted in ((device, expected.device), (exchange.visit, expected.host)):
         assert torch.equal(got.count[:5].cpu(), wanted.count)
         assert torch.equal(got.last_len[:5].cpu(), wanted.last_len)
@@ -186,9 +188,9 @@ def test_selection_with_nan_and_a_budget_beyond_the_pages():
         frame_of = torch.full((100, 1), -1, dtype=torch.int32, device=DEVICE)
         importance, weight = torch.zeros(100, 1, device=DEVICE), torch.ones(1, device=DEVICE)
         budgets = torch.tensor([3 if nan else 50], dtype=torch.int32, device=DEVICE)
-        totals = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        totals, visited = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
         score_tiles(q, quick, tables, scratch, 0.125, "dot")
-        plan_gpu(rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, totals)
+        plan_gpu(rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         # A NaN makes every score of its query head NaN, and NaN is the largest of scores: the older pages win.

@@ -11,7 +11,8 @@ from test_attn_gate import make_weights
 from rheoserve_sgl.gate.base import Tapped
 from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
-from rheoserve_sgl.ops.doorbell import Exchange
+from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
+from rheoserve_sgl.ops.gpu.ask import Asker
 from rheoserve_sgl.ops.gpu.step import GpuStep
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.runtime.batch import Batch
@@ -21,18 +22,13 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 GROUP, SCALE, MAX_PAGES = 2, DIM**-0.5, 16
 
 
-class DirectAsker:
+class Answers:
     """Answers in Python, layer after layer: what the doorbell's threads do."""
 
     def __init__(self, pool, exchange):
         self.pool, self.exchange, self.asked = pool, exchange, 0
 
-    def ring(self):
-        pass
-
-    def wait(self):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+    def __call__(self):
         exchange, rows = self.exchange, int(self.exchange.batch)
         visit = replace(exchange.visit, **{n: t[:rows] for n, t in vars(exchange.visit).items()})
         blocks = self.pool.host.blocks(self.asked % LAYERS)
@@ -102,7 +98,12 @@ def test_steps_equal_the_cpus(name, selector):
     ours, theirs = make(DEVICE, selector), make("cpu", selector)
     fill(ours, pages, lens, rule), fill(theirs, pages, lens, rule)
     exchange = Exchange.make(6, HEADS, GROUP, DIM, MAX_PAGES, pin=DEVICE == "cuda")
-    step = GpuStep(ours, rules, exchange, DirectAsker(ours, exchange))
+    if DEVICE == "cuda":
+        stores = [ours.host.blocks(layer) for layer in range(LAYERS)]
+        doorbell = Doorbell(exchange, stores, SCALE, 2)
+        step = GpuStep(ours, rules, exchange, Asker(exchange, 10.0))
+    else:
+        step = GpuStep(ours, rules, exchange, None, Answers(ours, exchange))
     table, slots = table_of(pages), torch.arange(3)
     attended = torch.zeros(2, dtype=torch.int64)
     for at in range(3):
@@ -112,6 +113,8 @@ def test_steps_equal_the_cpus(name, selector):
         loc = table[slots, lens - 1].long()
         limits = torch.full((3,), rule.budget_pages, dtype=torch.int32, device=DEVICE)
         step.begin(table.to(DEVICE), slots.to(DEVICE), lens.to(DEVICE), 3, 5, limits, 1.5**at)
+        if DEVICE == "cuda":
+            doorbell.expect(LAYERS)
         for layer in range(LAYERS):
             q, plain_q = torch.randn(2, 3, HEADS * GROUP * DIM)
             k, v, plain_k = torch.randn(3, 3, HEADS, DIM)

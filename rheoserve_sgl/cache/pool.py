@@ -48,7 +48,7 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.host = HostStore(*shape, self.head_dim, self.store_dtype, pin=on_gpu, threads=self.threads)
         self.frames = Frames(self.layer_num, self.frame_count, self.head_dim, self.store_dtype, self.device)
         self.residency = Residency(*shape, self.frame_count, self.device)
-        self.quick = QuickKeys(*shape, self.head_dim, self.gate, self.device)
+        self.quick = QuickKeys(*shape, self.head_dim, self.gate, self.store_dtype, self.device)
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         logger.info(
             "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "

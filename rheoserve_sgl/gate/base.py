@@ -39,6 +39,10 @@ class Gate(ABC):
     def key_dim(self, head_dim: int) -> int:
         """Length of a block's key."""
 
+    def key_dtype(self, dtype: torch.dtype, device: str) -> torch.dtype:
+        """What keys are stored in, for a KV cache of `dtype`."""
+        return torch.float32
+
     @abstractmethod
     def refresh(self, pool, layer: int, writes, k: torch.Tensor, tapped: Tapped | None):
         """Bring the keys of pages up to date, after their tokens were stored.

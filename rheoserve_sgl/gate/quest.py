@@ -17,6 +17,10 @@ class QuestGate(PooledGate):
     def key_dim(self, head_dim: int) -> int:
         return 2 * head_dim
 
+    def key_dtype(self, dtype: torch.dtype, device: str) -> torch.dtype:
+        # An extreme of keys is one of them. The CPU's kernels take float32.
+        return dtype if torch.device(device).type == "cuda" else torch.float32
+
     def pool(self, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         high = keys.masked_fill(~valid, -torch.inf).amax(2)
         low = keys.masked_fill(~valid, torch.inf).amin(2)

@@ -14,7 +14,7 @@ def pool_keys(gate, host, pages, filled, quick, threads: int = 1):
         host: `[all_pages, kv_heads, 2, 64, head_dim]`, the host store
         pages: `[n]` int64
         filled: `[n]` int32, valid tokens of each page, 1 to 64
-        quick: `[all_pages, kv_heads, key_dim]` float32, on the device
+        quick: `[all_pages, kv_heads, key_dim]`, on the device; on a CPU float32
         threads: size of the worker pool, where tensors are on a CPU
     """
     if quick.device.type == "cpu":
@@ -33,13 +33,13 @@ def pool_new_keys(gate, k, writes, quick):
     at = torch.arange(PAGE_TOKENS, device=k.device)
     rows = (writes.token[:, None] + at).clamp(max=len(k) - 1)
     valid = (at < writes.filled[:, None])[:, None, :, None]
-    quick[writes.pages] = gate.pool(k[rows].transpose(1, 2).float(), valid)
+    quick[writes.pages] = gate.pool(k[rows].transpose(1, 2).float(), valid).to(quick.dtype)
 
 
 def pool_keys_torch(gate, host, pages, filled, quick):
     keys = host[pages.cpu(), :, 0].to(quick.device)
     valid = torch.arange(PAGE_TOKENS, device=quick.device) < filled[:, None]
-    quick[pages] = gate.pool(keys.float(), valid[:, None, :, None])
+    quick[pages] = gate.pool(keys.float(), valid[:, None, :, None]).to(quick.dtype)
 
 
 def pool_keys_cpu(gate, host, pages, filled, quick, threads: int = 1):

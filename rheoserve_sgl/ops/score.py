@@ -14,7 +14,7 @@ def score(gate_q, quick, pages, n_pages, scale: float, threads: int = 1):
 
     Args:
         gate_q: `[batch, kv_heads, group, key_dim]` float32
-        quick: `[all_pages, kv_heads, key_dim]` float32
+        quick: `[all_pages, kv_heads, key_dim]`, on a CPU float32
         pages: `[batch, max_pages]` int64
         n_pages: `[batch]` int32, at least 1
         scale: softmax scale
@@ -30,7 +30,7 @@ def score(gate_q, quick, pages, n_pages, scale: float, threads: int = 1):
 
 def score_torch(gate_q, quick, pages, n_pages, scale: float):
     valid = torch.arange(pages.shape[1], device=pages.device) < n_pages[:, None]
-    keys = quick[pages].permute(0, 2, 3, 1)  # [batch, kv_heads, key_dim, max_pages]
+    keys = quick[pages].float().permute(0, 2, 3, 1)  # [batch, kv_heads, key_dim, max_pages]
     logits = (gate_q * scale) @ keys
     logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
     return torch.log_softmax(logits, -1).amax(2)

@@ -38,8 +38,8 @@ def _append(
     old = used & (offset > 0)
     if KEYS == 1:
         own = quick + pair * 2 * DIM + dim
-        high = tl.load(own, mask=old, other=float("-inf"))
-        low = tl.load(own + DIM, mask=old, other=float("inf"))
+        high = tl.load(own, mask=old, other=float("-inf")).to(tl.float32)
+        low = tl.load(own + DIM, mask=old, other=float("inf")).to(tl.float32)
         tl.store(own, tl.where((new > high) | (new != new), new, high), mask=used)
         tl.store(own + DIM, tl.where((new < low) | (new != new), new, low), mask=used)
     if KEYS == 2:
@@ -54,8 +54,8 @@ def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"
     Args:
         host: pinned
         k, v: rows of `[kv_heads, head_dim]` contiguous
-        quick: `[all_pages, kv_heads, key_dim]` float32, of which the newest pages' keys take in their new token; only
-            for one token a page
+        quick: `[all_pages, kv_heads, key_dim]`, float32 or, for "max_min", the dtype of k; the newest pages' keys take
+            in their new token. Only for one token a page
         keys: what they are: "none", "max_min" or "mean"
     """
     tokens, kv_heads, dim = k.shape

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.gpu.ask import load_acquire, nanoseconds
 from rheoserve_sgl.ops.plan import Visit
 
 FEWEST = 2  # blocks of a list to a program, at least
@@ -72,13 +73,40 @@ def _attend_split(
 
 
 @triton.jit
+def _wait(counter, seen, late, report, answered, limit):
+    """Until the CPU has answered the last question, or too late; then tell the other programs by `seen`."""
+    number = tl.load(counter)
+    answered_at = answered.to(tl.int64)
+    end = nanoseconds(answered_at) + limit
+    # After one answer too late nothing is waited for: the step is lost, and the server is told.
+    waiting = tl.load(late) == 0
+    while waiting:
+        if load_acquire(answered_at) == number:
+            waiting = False
+        elif nanoseconds(answered_at) > end:
+            tl.store(late, number)
+            tl.store(report, number)
+            waiting = False
+    tl.atomic_xchg(seen, number, sem="release", scope="gpu")
+
+
+@triton.jit
 def _merge(
     counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
-    DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr,
+    counter, seen, late, report, answered, limit,
+    WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
+    if WAIT:
+        # One program looks over PCIe, the first to start; all others, where the CPU visited, look at it.
+        if pair + head == 0:
+            _wait(counter, seen, late, report, answered, limit)
+        elif tl.load(host_counts + pair) > 0:
+            number = tl.load(counter)
+            while load_acquire(seen.to(tl.int64)) != number:
+                pass
     count = tl.load(counts + pair)
     split = _part_length(count, parts, FEWEST)
     used = (count + split - 1) // split
@@ -138,7 +166,7 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
     """Attend to each part of each list. Products are of the blocks' dtype: queries and weights are rounded to it.
 
     Args:
-        q: `[batch, kv_heads, group, head_dim]` float32, group at most 16
+        q: `[batch, kv_heads, group, head_dim]`, any float dtype, group at most 16
         blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
     """
     batch, kv_heads, group, dim = q.shape
@@ -149,19 +177,24 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
     )  # fmt: skip
 
 
-def merge_parts(visit: Visit, split: Split, out, lse, host=None):
+def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
     """Merge the parts, and the CPU's part of the lists that have one.
 
     Args:
         visit: the lists that were split
         out: `[batch, kv_heads, group, head_dim]`, any float dtype; lse: `[batch, kv_heads, group]` float32
         host: (count `[batch, kv_heads]`, out, lse float32), the CPU's; None: there is none
+        asker: Asker, whose last question is to be answered first; None: nothing is waited for
     """
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
+    if asker:
+        bell = (asker.counter, asker.seen, asker.lost, asker.report, asker.answered, asker.limit)
+    else:
+        bell = (count, count, count, count, count, 0)
     _merge[(batch * kv_heads, group)](
-        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group,
-        DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
+        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
+        WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
     )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """Scores, selection, recorder and both lists of a decode step, one program for each (request, KV head).
 
-The same selection as `rheoserve_sgl.ops.plan.plan_torch`. The visit list and the query go to pinned memory, where
-the CPU reads them when it is asked.
+The same selection as `rheoserve_sgl.ops.plan.plan_torch`. The visit list and the query go to pinned memory; the
+program that ends last rings the CPU's bell.
 """
 
 import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.gpu.ask import store_release
 from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
 
@@ -16,46 +17,46 @@ QUERIES = 16  # query heads to a KV head, at most
 
 @triton.jit
 def _ordered(x):
-    """int32 that are ordered as the float32 are; NaN is the largest."""
+    """uint32 that are ordered as the float32 are; NaN is the largest."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(x != x, 0x7FFFFFFF, bits)
+    bits = tl.where(bits < 0, ~bits, bits | (-2147483648))
+    return tl.where(x != x, -1, bits).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _scores(
     logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles,
-    TILES: tl.constexpr, PAGES: tl.constexpr, NP: tl.constexpr,
+    TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The best log-softmax over the query heads, `[NP]`; -inf beyond count."""
-    best = tl.full([NP], float("-inf"), tl.float32)
-    tile = tl.arange(0, TILES)
-    for head in range(heads):
-        row = (pair * heads + head).to(tl.int64)
-        there = tile * PAGES < count
-        tops = tl.load(tile_max + row * tiles + tile, mask=there, other=float("-inf"))
-        sums = tl.load(tile_sum + row * tiles + tile, mask=there, other=0.0)
-        top = tl.max(tops, 0)
-        lse = top + tl.log(tl.sum(tl.where(there, sums * tl.exp(tops - top), 0.0), 0))
-        own = tl.load(logits + row * max_pages + at, mask=at < count, other=float("-inf")) - lse
-        best = tl.where((own > best) | (own != own), own, best)
-    return best
+    """The best log-softmax over the query heads, for each page of `at`; -inf beyond count."""
+    # All heads at once: one after another would wait for memory and for a reduction each.
+    head = tl.arange(0, HEADS)
+    row = (pair * heads + head).to(tl.int64)[:, None]
+    tile = tl.arange(0, TILES)[None, :]
+    there = (head < heads)[:, None] & (tile * PAGES < count)
+    tops = tl.load(tile_max + row * tiles + tile, mask=there, other=float("-inf"))
+    sums = tl.load(tile_sum + row * tiles + tile, mask=there, other=0.0)
+    top = tl.max(tops, 1)
+    lse = top + tl.log(tl.sum(tl.where(there, sums * tl.exp(tops - top[:, None]), 0.0), 1))
+    used = (head < heads)[:, None] & (at < count)[None, :]
+    own = tl.load(logits + row * max_pages + at[None, :], mask=used, other=float("-inf"))
+    own = tl.where(used, own - lse[:, None], float("-inf"))
+    broken = tl.max((own != own).to(tl.int32), 0) > 0
+    return tl.where(broken, float("nan"), tl.max(tl.where(own != own, float("-inf"), own), 0))
 
 
 @triton.jit
 def _best(key, open_, room):
     """The `room` largest of the open ones; of equal ones the first."""
-    low = tl.full([], -2147483648, tl.int64)
-    high = tl.full([], 2147483648, tl.int64)
-    wide = key.to(tl.int64)
-    # The largest bound that at least `room` keys reach.
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = tl.sum((open_ & (wide >= middle)).to(tl.int32), 0) >= room
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    above = open_ & (wide > low)
-    equal = open_ & (wide == low)
+    # The largest bound that at least `room` keys reach, four bits of it at a time.
+    digit = tl.arange(0, 16).to(tl.uint32)
+    bound = tl.zeros([], tl.uint32)
+    for place in tl.static_range(7, -1, -1):
+        marks = bound + (digit << (4 * place))
+        reach = tl.sum((open_[:, None] & (key[:, None] >= marks[None, :])).to(tl.int32), 0)
+        bound = tl.max(tl.where(reach >= room, marks, bound), 0)
+    above = open_ & (key > bound)
+    equal = open_ & (key == bound)
     left = room - tl.sum(above.to(tl.int32), 0)
     return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
 
@@ -63,10 +64,11 @@ def _best(key, open_, room):
 @triton.jit
 def _plan(
     logits, tile_max, tile_sum, pages, n_pages, tail_len, frame_of, importance, weight, budgets, q, q_out,
-    frames, frame_count, frame_last, visits, visit_count, visit_last, totals,
+    frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, counter, arrived, bell,
     kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
-    TILES: tl.constexpr, PAGES: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
+    TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr,
+    TOKENS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     row = pair // kv_heads
@@ -78,7 +80,7 @@ def _plan(
     page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
     block = page * kv_heads + head
     if RECORD:
-        best = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, NP)
+        best = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
         tl.atomic_add(importance + block, tl.exp(best) * tl.load(weight), mask=valid & (best == best), sem="relaxed")
     if SELECT == 0:
         chosen = valid
@@ -109,6 +111,7 @@ def _plan(
     tl.store(visits + list_at + place, block.to(tl.int32), mask=outside)
     on_host = tl.sum(outside.to(tl.int32), 0)
     tl.store(visit_count + pair, on_host)
+    tl.store(visited + pair, on_host)
     has_tail = tl.sum((outside & (at == count - 1)).to(tl.int32), 0) > 0
     tl.store(visit_last + pair, tl.where(has_tail, tail, TOKENS))
     tl.atomic_add(totals, on_device.to(tl.int64), sem="relaxed")
@@ -118,15 +121,24 @@ def _plan(
         dim = tl.arange(0, WIDE)
         used = (query < q_heads)[:, None] & (dim < DIM)[None, :]
         where = (pair * q_heads + query)[:, None] * DIM + dim[None, :]
-        tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0), mask=used)
+        tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0).to(tl.float32), mask=used)
+    if RING:
+        tl.debug_barrier()  # the question is whole when all of this program's threads have written
+        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
+            tl.store(arrived, 0)
+            number = tl.load(counter) + 1
+            tl.store(counter, number)
+            store_release(bell.to(tl.int64), number)
 
 
-def plan_gpu(rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, totals):
-    """Select, record, and fill both lists.
+def plan_gpu(
+    rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals, asker=None
+):
+    """Select, record, fill both lists, and ask the CPU.
 
     Args:
         rule: Rule; its budget is in `budgets`
-        q: `[batch, kv_heads, group, head_dim]` float32
+        q: `[batch, kv_heads, group, head_dim]`, any float dtype
         tables: Tables
         scratch: what `score_tiles` filled; None where the rule needs no scores and nothing is recorded
         frame_of: `[all_pages, kv_heads]` int32
@@ -135,7 +147,9 @@ def plan_gpu(rule: Rule, q, tables, scratch, frame_of, importance, weight, budge
         budgets: `[batch]` int32, pages that a KV head may select
         exchange: Exchange, pinned: gets the visit lists, and the queries of those with any
         device: Visit, gets the resident lists
+        visited: `[batch, kv_heads]` int32 on the device, gets the lengths of the visit lists
         totals: `[2]` int64, gets the blocks listed for the device and for the CPU
+        asker: Asker; None: the CPU is not asked
     """
     batch, kv_heads, group, dim = q.shape
     max_pages = tables.pages.shape[1]
@@ -143,15 +157,18 @@ def plan_gpu(rule: Rule, q, tables, scratch, frame_of, importance, weight, budge
     width = max(triton.next_power_of_2(max_pages), 16)
     record = scratch is not None
     logits, tile_max, tile_sum = (scratch.logits, scratch.tile_max, scratch.tile_sum) if record else (q, q, q)
+    heads = logits.shape[2] if record else 1
+    bell = (asker.counter, asker.arrived, asker.asked) if asker else (totals, totals, totals)
     _plan[(batch * kv_heads,)](
         logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, frame_of, importance, weight,
         budgets, q, exchange.q, device.blocks, device.count, device.last_len,
-        exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, totals,
-        kv_heads, logits.shape[2] if record else 0, group, max_pages, tiles,
+        exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals, *bell,
+        kv_heads, heads, group, max_pages, tiles,
         rule.sink_pages, rule.window_pages, rule.log_threshold,
         SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, RECORD=record,
-        DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES, NP=width,
-        QUERIES=QUERIES, TOKENS=PAGE_TOKENS, num_warps=min(max(width // 256, 4), 16),
+        DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
+        HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
+        num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
 
 

@@ -27,13 +27,13 @@ def _score(
         width = 2 * DIM if RANGE else DIM
         key = quick + (page * kv_heads + pair % kv_heads)[:, None] * width + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
-        first = tl.load(key, mask=inside, other=0.0)
+        first = tl.load(key, mask=inside, other=0.0).to(tl.float32)
         if RANGE:
-            second = tl.load(key + DIM, mask=inside, other=0.0)
+            second = tl.load(key + DIM, mask=inside, other=0.0).to(tl.float32)
         # A page is read once for all heads; a group is too small for the tiles of tl.dot.
         for head in range(heads):
             out = (pair * heads + head).to(tl.int64)
-            query = tl.load(q + out * DIM + dim, mask=dim < DIM, other=0.0)[None, :]
+            query = tl.load(q + out * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)[None, :]
             if RANGE:
                 found = tl.sum(tl.maximum(query, 0.0) * first + tl.minimum(query, 0.0) * second, 1)
             else:
@@ -49,8 +49,8 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     """Fill the logits and tile sums of `scratch`.
 
     Args:
-        q: `[batch, kv_heads, heads, dim]` float32
-        quick: `[all_pages, kv_heads, dim]` float32, or `2 * dim` for kind "range"
+        q: `[batch, kv_heads, heads, dim]`, any float dtype
+        quick: `[all_pages, kv_heads, dim]`, any float dtype; `2 * dim` for kind "range"
     """
     batch, kv_heads, heads, dim = q.shape
     max_pages = tables.pages.shape[1]

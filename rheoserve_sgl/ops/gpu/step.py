@@ -24,16 +24,18 @@ class GpuStep:
         pool: TwoTierKVPool, frames on the GPU and the host store pinned
         rules: each layer's
         exchange: pinned memory for the questions to the CPU, `[batch, kv_heads, ...]`
-        asker: asks the CPU about the next layer in turn: Asker
+        asker: Asker; the CPU's threads answer for the next layer in turn
+        answer: answers in their place, where there is no asker: Triton's interpreter has no bell
     """
 
-    def __init__(self, pool, rules: list[Rule], exchange: Exchange, asker):
-        self.pool, self.rules, self.exchange, self.asker = pool, rules, exchange, asker
+    def __init__(self, pool, rules: list[Rule], exchange: Exchange, asker, answer=None):
+        self.pool, self.rules, self.exchange, self.asker, self.answer = pool, rules, exchange, asker, answer
         batch, kv_heads, group, dim = exchange.q.shape
         max_pages = exchange.visit.blocks.shape[-1]
         device = pool.device
         self.tables = Tables.make(batch, max_pages, device)
         self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
+        self.visited = torch.zeros_like(self.device_visit.count)
         self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -77,7 +79,7 @@ class GpuStep:
         _, kv_heads, group, dim = self.exchange.q.shape
         tables, visit = self.tables.rows(batch), rows_of(self.device_visit, batch)
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
-        heads = q.float().contiguous().view(batch, kv_heads, group, dim)
+        heads = q.contiguous().view(batch, kv_heads, group, dim)
         append_gpu(
             pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
             quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
@@ -86,14 +88,14 @@ class GpuStep:
         exchange = self.exchange
         plan_gpu(
             rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, exchange, visit,
-            self.totals,
+            self.visited[:batch], self.totals, self.asker,
         )  # fmt: skip
-        self.asker.ring()
         split = self.room.split(batch * kv_heads)
         attend_split(heads, pool.frames.layers[index], visit, split, scale)
-        self.asker.wait()
+        if self.asker is None:
+            self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        merge_parts(visit, split, out, self.lse, (exchange.visit.count, exchange.out, exchange.lse))
+        merge_parts(visit, split, out, self.lse, (self.visited, exchange.out, exchange.lse), self.asker)
         return out.view(batch, -1)
 
     def _score(self, index: int, heads, tables: Tables, quick, scale: float, tapped) -> Scratch:
