@@ -12,12 +12,13 @@ import torch
 from machine import describe_machine
 
 from rheoserve_sgl.cache.host_memory import pin_all, zeroed
+from rheoserve_sgl.cache.residency import Moves
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.ask import Asker
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
-from rheoserve_sgl.ops.gpu.move import fill_frames
+from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, addresses, fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
@@ -175,10 +176,12 @@ def moving(frames: torch.Tensor) -> dict[str, float]:
     rates["copy_to_device"] = amount / seconds([lambda: there.copy_(here, non_blocking=True)] * 2)
     rates["copy_to_host"] = amount / seconds([lambda: here.copy_(there, non_blocking=True)] * 2)
     picked = [torch.randperm(4 * blocks, device="cuda")[:blocks] for _ in range(2)]
-    targets = torch.randperm(len(frames) - 1, device="cuda")[:blocks]
-    rates["fill_frames"] = amount / seconds(
-        [lambda p=p: fill_frames(host.flatten(0, 1), frames, p, targets) for p in picked]
-    )
+    targets = torch.randperm(len(frames) - 1, device="cuda")[None, :blocks]
+    where = (addresses([tensor], "cuda") for tensor in (host, frames))
+    where, count = tuple(where), torch.tensor([blocks], device="cuda")
+    for name, programs in (("fill_frames", ALONE), ("fill_frames_beside", BESIDE)):
+        moves = [Moves(p[None], targets, count) for p in picked]
+        rates[name] = amount / seconds([lambda m=m, n=programs: fill_frames(*where, BLOCK, m, n) for m in moves])
     pages = [torch.randperm(len(host), device="cuda")[: blocks // KV_HEADS] for _ in range(2)]
     none = torch.full((len(host), KV_HEADS), -1, dtype=torch.int32, device="cuda")
     out = torch.empty(2, blocks // KV_HEADS * PAGE, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")

@@ -56,7 +56,7 @@ class RheoAttnBackend(AttentionBackend):
         self.batch: Batch | None = None
         self.writes: Writes | None = None
         self.prefilled: torch.Tensor | None = None  # `[n]` pages of the requests in a prefill
-        self.staging = self._staging()
+        self.staging, self.behind = self._lanes()
         self.gpu = self._on_gpu(model_runner) if torch.device(self.token_to_kv_pool.device).type == "cuda" else None
         logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
 
@@ -78,6 +78,9 @@ class RheoAttnBackend(AttentionBackend):
             prefilled = torch.tensor([new > 1 for new in lengths], device=self.batch.pages.device)
             self.prefilled = self.batch.pages[self.batch.valid & prefilled[:, None]]
             self.coordinator.begin_extend()
+            if self.staging is not None:
+                lists = zip(self.batch.pages, forward_batch.extend_prefix_lens_cpu, lengths, strict=True)
+                self.staging.begin([(pages[: pages_of(before)], before) for pages, before, new in lists if new])
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
         """Nothing: what graphs are captured over exists for as many requests as can run."""
@@ -119,12 +122,13 @@ class RheoAttnBackend(AttentionBackend):
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         pool, batch = self.token_to_kv_pool, self.batch
         index = layer.layer_id - pool.start_layer
+        self._refuse_extras(layer, k, kwargs)
         if self.gpu is not None:
-            self._refuse_extras(layer, k, kwargs)
             tapped = self.taps and self.taps.of_layer(layer.layer_id)
             k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
             return self.gpu.layer(index, q, k, v, forward_batch.out_cache_loc, layer.scaling, tapped)
-        self._store(layer, forward_batch, k, v, save_kv_cache, kwargs)
+        if save_kv_cache:
+            self._store(layer, forward_batch, k, v)
         heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
         scores = None
         if self.selects:
@@ -145,7 +149,12 @@ class RheoAttnBackend(AttentionBackend):
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
         pool, batch = self.token_to_kv_pool, self.batch
         index = layer.layer_id - pool.start_layer
-        self._store(layer, forward_batch, k, v, save_kv_cache, kwargs)
+        self._refuse_extras(layer, k, kwargs)
+        if save_kv_cache and self.behind is not None:
+            k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
+            self.behind.write(pool, index, forward_batch.out_cache_loc, k, v)
+        elif save_kv_cache:
+            self._store(layer, forward_batch, k, v)
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         out = torch.empty_like(q)
         start = 0
@@ -154,19 +163,23 @@ class RheoAttnBackend(AttentionBackend):
         for row, (before, new) in enumerate(zip(prefixes, lengths, strict=True)):
             tokens = slice(start, start + new)
             if new:
-                prefill = self._prefill if self.staging is None else self._prefill_on_gpu
-                own = (tensor[tokens] for tensor in (q, k, v))
-                out[tokens] = prefill(index, *own, batch.pages[row], before, layer.scaling)
+                own = [tensor[tokens] for tensor in (q, k, v)]
+                if self.staging is None:
+                    out[tokens] = self._prefill(index, *own, batch.pages[row], before, layer.scaling)
+                else:
+                    out[tokens] = prefill_flash(*own, self.staging.take() if before else None, layer.scaling)
             start += new
+        # After the last layer anything may be read; before that, gate keys may be pooled from stored ones.
+        reads_store = not self.writes.whole or not pool.gate.kind
+        if self.behind is not None and (index == pool.layer_num - 1 or reads_store):
+            self.behind.join()
         if save_kv_cache and self.selects:
             self._summarise(index, q, k, lengths, layer)
         return out.view(len(out), -1)
 
-    def _store(self, layer, forward_batch, k, v, save_kv_cache, extras: dict):
+    def _store(self, layer, forward_batch, k, v):
         """Write K and V through."""
-        self._refuse_extras(layer, k, extras)
-        if save_kv_cache:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
 
     def _refuse_extras(self, layer, k, extras: dict):
         """Refuse what a model may ask of a backend and this one does not do."""
@@ -183,14 +196,6 @@ class RheoAttnBackend(AttentionBackend):
             prefix = pool.host.gather(index, pages[: pages_of(before)].cpu())[:, :, :before].to(pool.device)
         return prefill_attention(q, k, v, prefix, scale)
 
-    def _prefill_on_gpu(self, index: int, q, k, v, pages: torch.Tensor, before: int, scale: float) -> torch.Tensor:
-        prefix = None
-        if before:
-            pool = self.token_to_kv_pool
-            tiers = pool.host.layers[index], pool.frames.layers[index], pool.residency.frame_of[index]
-            prefix = self.staging.prefix(*tiers, pages[: pages_of(before)], before)
-        return prefill_flash(q, k, v, prefix, scale)
-
     def _summarise(self, index: int, q: torch.Tensor, k: torch.Tensor, lengths: list[int], layer):
         """Gate keys of the pages that were written, and a first importance from each last query."""
         pool, batch = self.token_to_kv_pool, self.batch
@@ -203,14 +208,15 @@ class RheoAttnBackend(AttentionBackend):
             pool.importance[index, self.prefilled] = 0.0  # of earlier chunks: the last one's query counts
             self.coordinator.record(index, batch, scores)
 
-    def _staging(self):
-        """Room for prefixes on a GPU, where its attention kernels take the model's dtype; else None."""
+    def _lanes(self):
+        """What moves beside a prefill on a GPU, where its attention kernels take the model's dtype; else two None."""
         pool = self.token_to_kv_pool
         if torch.device(pool.device).type != "cuda" or pool.dtype not in (torch.float16, torch.bfloat16):
-            return None
-        from rheoserve_sgl.ops.gpu.gather import Staging
+            return None, None
+        from rheoserve_sgl.runtime.staging import Staging
+        from rheoserve_sgl.runtime.write_behind import WriteBehind
 
-        return Staging(pool.head_num, pool.head_dim, pool.dtype, pool.device)
+        return Staging(pool), WriteBehind()
 
     def _on_gpu(self, model_runner):
         """The kernels of a decode step, or None where a gate has none (the oracle)."""

@@ -10,12 +10,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from rheoserve_sgl.cache.residency import Moves
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, score, snapshot, tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
-BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 3, 2, 4, 512, 9, 5
+LAYERS, BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 2, 3, 2, 4, 512, 9, 5
 compiled = []
 
 
@@ -75,7 +76,9 @@ def launch_all(dtype: torch.dtype, dim: int):
                     rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, visit.count,
                     totals, asker,
                 )  # fmt: skip
-    move.fill_frames(host.flatten(0, 1), frames, loc, loc)
+    slots = torch.zeros(LAYERS, 4, dtype=torch.int64)
+    there = move.addresses([host] * LAYERS, "cpu")
+    move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
     attend.attend_split(q, frames, visit, split, 0.1)

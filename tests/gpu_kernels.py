@@ -8,6 +8,7 @@ from gpu_step import moved
 from test_attention import check, make_visit, oracle
 from test_attn_gate import make_weights
 
+from rheoserve_sgl.cache.residency import Moves
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_torch
@@ -17,8 +18,8 @@ from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
-from rheoserve_sgl.ops.gpu.gather import Staging
-from rheoserve_sgl.ops.gpu.move import fill_frames
+from rheoserve_sgl.ops.gpu.gather import gather_prefix
+from rheoserve_sgl.ops.gpu.move import addresses, fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
@@ -269,11 +270,10 @@ def test_a_prefix_comes_from_both_tiers(dim):
                 expected[at, head] = frames[frame_of[page, head]]
     expected = expected.permute(2, 0, 3, 1, 4).reshape(2, 4 * 64, 2, dim)
     pinned = host.pin_memory() if DEVICE == "cuda" else host
-    staging = Staging(2, dim, torch.float32, DEVICE)
-    for tokens in (200, 256, 1):
-        some = pages[: (tokens + 63) // 64].to(DEVICE)
-        got = staging.prefix(pinned, frames.to(DEVICE), frame_of.to(DEVICE), some, tokens)
-        assert torch.equal(got.cpu(), expected[:, :tokens])
+    for count in (1, 4):
+        got = torch.zeros(2, 300, 2, dim, device=DEVICE)[:, : count * 64]  # in a larger room
+        gather_prefix(pinned, frames.to(DEVICE), frame_of.to(DEVICE), pages[:count].to(DEVICE), got)
+        assert torch.equal(got.cpu(), expected[:, : count * 64])
 
 
 def test_room_for_parts_is_enough_for_every_batch():
@@ -286,11 +286,21 @@ def test_room_for_parts_is_enough_for_every_batch():
 
 
 @pytest.mark.parametrize("dim", [64, 80])
-def test_frames_are_filled_from_the_host_store(dim):
-    host, frames = torch.randn(20, 2, 64, dim), torch.randn(9, 2, 64, dim)
-    blocks, targets = torch.tensor([7, 19, 0]), torch.tensor([2, 0, 8])
-    expected = frames.clone()
-    expected[targets] = host[blocks]
-    own = frames.to(DEVICE)
-    fill_frames(host.pin_memory() if DEVICE == "cuda" else host, own, blocks.to(DEVICE), targets.to(DEVICE))
-    assert torch.equal(own.cpu(), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_frames_are_filled_from_the_host_store(dim, dtype):
+    host = [torch.randn(20, 2, 64, dim).to(dtype) for _ in range(3)]
+    frames = [torch.randn(9, 2, 64, dim).to(dtype) for _ in range(3)]
+    moves = Moves(
+        torch.tensor([[7, 19, 0], [0, 0, 0], [3, 0, 0]]),
+        torch.tensor([[2, 0, 8], [9, 9, 9], [4, 9, 9]]),
+        torch.tensor([3, 0, 1]),
+    )
+    expected = [layer.clone() for layer in frames]
+    for layer, count in enumerate(moves.count.tolist()):
+        expected[layer][moves.frame[layer, :count]] = host[layer][moves.block[layer, :count]]
+    own = [layer.to(DEVICE) for layer in frames]
+    pinned = [layer.pin_memory() for layer in host] if DEVICE == "cuda" else host
+    where = (addresses(tensors, DEVICE) for tensors in (pinned, own))
+    fill_frames(*where, host[0][0].nbytes, moved(moves, DEVICE), programs=2)
+    for layer, right in zip(own, expected, strict=True):
+        assert torch.equal(layer.cpu(), right)

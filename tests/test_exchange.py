@@ -36,7 +36,7 @@ def test_wanted_are_forced_blocks_then_the_most_important():
         ranks_by="importance",
         forced_only=False,
     )
-    wanted = wanted_blocks(worth, pages, torch.tensor([5]), 10)
+    wanted = wanted_blocks(worth, pages, torch.tensor([5]), 10, 9)
     assert bool(wanted[:, [1, 7, 8]].all())
     assert not wanted[:, [0, 9]].any()
     assert (wanted.sum(1) == 5).all()
@@ -57,7 +57,7 @@ def test_only_forced_blocks_in_window_and_retrieval():
         ranks_by="recency",
         forced_only=True,
     )
-    wanted = wanted_blocks(worth, pages, torch.tensor([3]), 6)
+    wanted = wanted_blocks(worth, pages, torch.tensor([3]), 6, 9)
     assert wanted[0, :, 0].tolist() == [False, False, False, True, False, True]
 
 
@@ -73,10 +73,10 @@ def test_a_resident_block_is_not_evicted_for_an_equal_one():
         ranks_by="importance",
         forced_only=False,
     )
-    wanted = wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([1]), 4)
+    wanted = wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([1]), 4, 9)
     assert wanted[0, :, 0].tolist() == [False, False, True, False]
 
 
 def test_no_share_wants_nothing():
     worth = torch.rand(2, 1, 1, 3)
-    assert not wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([0]), 4).any()
+    assert not wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([0]), 4, 0).any()

@@ -24,11 +24,40 @@ TOKENS, DEVICE_TOKENS, CONTEXT, SLOTS = 64 * 24, 64 * 6, 64 * 10, 6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+class SlowLane:
+    """Blocks that move while other things happen: for a CPU, what the coordinator's lane is on a GPU."""
+
+    def __init__(self, pool):
+        self.pool, self.moves, self.copied = pool, None, False
+
+    @property
+    def busy(self):
+        return self.moves is not None
+
+    def start(self, moves):
+        assert not self.busy
+        self.moves, self.copied = moves, False
+
+    def copy(self):
+        if self.busy and not self.copied:
+            self.pool.fill(self.moves, beside=True)
+            self.copied = True
+
+    def finish(self):
+        if self.busy and self.copied:
+            self.pool.residency.admit(self.moves)
+            self.moves = None
+
+
 class PoolMachine(RuleBasedStateMachine):
     device = "cpu"
 
-    @initialize(mode=st.sampled_from(["balanced", "full", "window", "retrieval"]), seed=st.integers(0, 2**31))
-    def start(self, mode, seed):
+    @initialize(
+        mode=st.sampled_from(["balanced", "full", "window", "retrieval"]),
+        seed=st.integers(0, 2**31),
+        slow=st.booleans(),
+    )
+    def start(self, mode, seed, slow):
         self.pool, self.allocator = make_pool(
             TOKENS,
             DEVICE_TOKENS,
@@ -38,6 +67,8 @@ class PoolMachine(RuleBasedStateMachine):
             token_budget=256,
             exchange_interval=2,
         )
+        if slow and self.device == "cpu":
+            self.pool.coordinator.lane = SlowLane(self.pool)
         self.random = torch.Generator().manual_seed(seed)
         self.table = torch.zeros(SLOTS, CONTEXT, dtype=torch.int32, device=self.device)
         self.lens = {}  # slot -> tokens
@@ -131,8 +162,19 @@ class PoolMachine(RuleBasedStateMachine):
         wanted = torch.rand(self.pool.residency.frame_of.shape, generator=self.random) < share
         running = torch.zeros(self.pool.host.pages, dtype=torch.bool)
         running[self.batch().pages[self.batch().valid].cpu()] = True
-        self.pool.coordinator.settle()
+        coordinator = self.pool.coordinator
+        coordinator.settle()
+        if coordinator.lane is not None:
+            coordinator.lane.finish()
+            if coordinator.lane.busy:
+                return
         self.pool.exchange((wanted & running[None, :, None]).to(self.device), 10**6)
+
+    @rule()
+    def blocks_arrive(self):
+        """Copies beside the forward pass come to their end, at any time."""
+        if isinstance(self.pool.coordinator.lane, SlowLane):
+            self.pool.coordinator.lane.copy()
 
     @precondition(lambda self: self.lens)
     @rule(data=st.data())

@@ -10,7 +10,7 @@ from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.frames import Frames
 from rheoserve_sgl.cache.host_store import HostStore
 from rheoserve_sgl.cache.quick_keys import QuickKeys
-from rheoserve_sgl.cache.residency import Residency
+from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.ops.append import append
@@ -49,6 +49,8 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.frames = Frames(self.layer_num, self.frame_count, self.head_dim, self.store_dtype, self.device)
         self.residency = Residency(*shape, self.frame_count, self.device)
         self.quick = QuickKeys(*shape, self.head_dim, self.gate, self.store_dtype, self.device)
+        self.moved = torch.zeros((), dtype=torch.int64, device=self.device)  # blocks copied into frames so far
+        self._addresses = None  # of both tiers' layers
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         logger.info(
             "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "
@@ -98,43 +100,52 @@ class TwoTierKVPool(MHATokenToKVPool):
             from rheoserve_sgl.ops.gpu.append import append_gpu as write
         write(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
 
-    def forget_pages(self, pages: torch.Tensor) -> int:
-        """Give back the frames of pages that left their owner; returns how many there were."""
+    def forget_pages(self, pages: torch.Tensor):
+        """Give back the frames of pages that left their owner."""
         self.importance[:, pages] = 0.0
-        return self.residency.drop_pages(pages)
+        self.residency.drop_pages(pages)
 
-    def exchange(self, wanted: torch.Tensor, most: int) -> int:
+    def exchange(self, wanted: torch.Tensor, most: int):
         """Make resident what is wanted, up to `most` blocks copied in a layer; the rest leaves.
 
         Two phases: victims leave the table before their frames are written, arrivals enter it after.
 
         Args:
             wanted: `[layers, pages, kv_heads]` bool
-        Returns:
-            blocks copied, over all layers
         """
+        self.load(self.let_go(wanted), most)
+
+    def let_go(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Take resident blocks that are not wanted out of their frames; returns what is wanted and not resident."""
         resident = self.residency.frame_of >= 0
         self.residency.release(resident & ~wanted)
-        layer, block, frame = self.residency.reserve(wanted & ~resident)
-        counts = torch.bincount(layer, minlength=self.layer_num).tolist()
-        copied, start = 0, 0
-        for index, count in enumerate(counts):
-            take = slice(start, start + min(count, most))
-            if take.stop > take.start:
-                self._fill_frames(index, block[take], frame[take])
-                self.residency.admit(layer[take], block[take], frame[take])
-                copied += take.stop - take.start
-            start += count
-        return copied
+        return wanted & ~resident
 
-    def _fill_frames(self, index: int, block: torch.Tensor, frame: torch.Tensor):
-        """Copy blocks of layer `index` from the host store into frames."""
-        if block.is_cuda:
-            from rheoserve_sgl.ops.gpu.move import fill_frames
+    def load(self, arriving: torch.Tensor, most: int):
+        """Copy blocks `[layers, pages, kv_heads]` bool into free frames, up to `most` in a layer, and admit them."""
+        moves = self.residency.reserve(arriving, most)
+        self.fill(moves)
+        self.residency.admit(moves)
 
-            fill_frames(self.host.blocks(index), self.frames.layers[index], block, frame)
-        else:
-            self.frames.fill(index, frame, self.host.blocks(index).index_select(0, block))
+    def fill(self, moves: Moves, beside: bool = False):
+        """Copy blocks from the host store into the frames reserved for them.
+
+        Args:
+            beside: whether other work on the GPU goes on meanwhile
+        """
+        self.moved += moves.count.sum()
+        if moves.block.is_cuda:
+            from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, addresses, fill_frames
+
+            if self._addresses is None:
+                tiers = self.host.layers, self.frames.layers
+                self._addresses = tuple(addresses(tensors, self.device) for tensors in tiers)
+            fill_frames(*self._addresses, self.block_bytes, moves, BESIDE if beside else ALONE)
+            return
+        for index, count in enumerate(moves.count.tolist()):
+            if count:
+                blocks = self.host.blocks(index).index_select(0, moves.block[index, :count])
+                self.frames.fill(index, moves.frame[index, :count], blocks)
 
     def clear(self):
         """Forget all pages (flush_cache)."""

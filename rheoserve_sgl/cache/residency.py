@@ -1,66 +1,105 @@
 """Residency: which frame holds which block, in both directions."""
 
+from dataclasses import dataclass
+
 import torch
+
+FREE, RESERVED = -1, -2
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Blocks on their way into frames, in slots of which each layer uses the first `count`.
+
+    block, frame: `[layers, slots]` int64; unused slots have block 0, which is nobody's, and the frame behind the last
+    count: `[layers]` int64
+    """
+
+    block: torch.Tensor
+    frame: torch.Tensor
+    count: torch.Tensor
 
 
 class Residency:
     """The two maps between blocks and frames, kept inverse to each other.
 
     frame_of: `[layers, pages, kv_heads]` int32, the frame of a block, -1 when it is in the host store only.
-    owner: `[layers, frames]` int64, the block (`page * kv_heads + head`) in a frame, -1 when free.
+    owner: `[layers, frames]` int64, the block (`page * kv_heads + head`) in a frame, or FREE, or RESERVED for one that
+        is on its way.
 
-    All changes are vectorised over layers, pages and heads.
+    Shapes never depend on values, so that on a GPU nothing here waits for it.
     """
 
     def __init__(self, layers: int, pages: int, kv_heads: int, frames: int, device: str):
         self.kv_heads = kv_heads
+        self.frames = frames
         self.frame_of = torch.full((layers, pages, kv_heads), -1, dtype=torch.int32, device=device)
-        self.owner = torch.full((layers, frames), -1, dtype=torch.int64, device=device)
+        # One column more, which takes what is written for no frame.
+        self._owner = torch.full((layers, frames + 1), FREE, dtype=torch.int64, device=device)
+        self._dropped = torch.zeros(pages, dtype=torch.bool, device=device)  # since the last `reserve`
+
+    @property
+    def owner(self) -> torch.Tensor:
+        return self._owner[:, : self.frames]
 
     @property
     def used(self) -> int:
         """Frames in use, over all layers."""
         return int((self.owner >= 0).sum())
 
-    def drop_pages(self, pages: torch.Tensor) -> int:
-        """Free the frames of all blocks of these pages `[n]`, in every layer; returns how many there were."""
-        held = self.frame_of[:, pages]
-        layer, page, head = torch.nonzero(held >= 0, as_tuple=True)
-        self.owner[layer, held[layer, page, head].long()] = -1
+    def drop_pages(self, pages: torch.Tensor):
+        """Free the frames of all blocks of these pages `[n]`, in every layer, also of those on their way."""
+        held = self.frame_of[:, pages].flatten(1).long()
+        self._owner.scatter_(1, torch.where(held < 0, self.frames, held), FREE)
         self.frame_of[:, pages] = -1
-        return len(layer)
+        self._dropped[pages] = True
 
     def release(self, leaving: torch.Tensor):
         """Free the frames of resident blocks in `leaving`, `[layers, pages, kv_heads]` bool."""
-        layer, page, head = torch.nonzero(leaving, as_tuple=True)
-        self.owner[layer, self.frame_of[layer, page, head].long()] = -1
-        self.frame_of[layer, page, head] = -1
+        owner = self.owner
+        owner.masked_fill_((owner >= 0) & leaving.flatten(1).gather(1, owner.clamp(min=0)), FREE)
+        self.frame_of.masked_fill_(leaving, -1)
 
-    def reserve(self, arriving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pick free frames for blocks in `arriving`, `[layers, pages, kv_heads]` bool, in page order.
+    def reserve(self, arriving: torch.Tensor, most: int) -> Moves:
+        """Reserve free frames for blocks that are not resident before `admit`, in page order.
 
-        Blocks beyond a layer's free frames are left out. Nothing is recorded: `admit` does that
-        once the copies are done.
-
-        Returns:
-            layer, block, frame: `[n]` int64 each, sorted by layer
+        Args:
+            arriving: `[layers, pages, kv_heads]` bool
+            most: blocks of a layer
         """
-        layer, page, head = torch.nonzero(arriving, as_tuple=True)
-        free = self.owner < 0
-        per_layer = torch.bincount(layer, minlength=arriving.shape[0])
-        start = torch.cumsum(per_layer, 0) - per_layer
-        rank = torch.arange(len(layer), device=layer.device) - start[layer]
-        fits = rank < free.sum(1)[layer]
-        layer, page, head, rank = layer[fits], page[fits], head[fits], rank[fits]
-        # Free frames first, in frame order.
-        order = torch.argsort(free.to(torch.uint8), dim=1, descending=True, stable=True)
-        return layer, page * self.kv_heads + head, order[layer, rank]
+        arriving, free = arriving.flatten(1), self.owner == FREE
+        most = min(most, self.frames, arriving.shape[1])
+        count = torch.minimum(arriving.sum(1), free.sum(1)).clamp(max=most)
+        used = torch.arange(most, device=count.device) < count[:, None]
+        block = torch.where(used, first_places(arriving, most), 0)
+        frame = torch.where(used, first_places(free, most), self.frames)
+        self._owner.scatter_(1, frame, RESERVED)
+        self._dropped.fill_(False)
+        return Moves(block, frame, count)
 
-    def admit(self, layer: torch.Tensor, block: torch.Tensor, frame: torch.Tensor):
-        """Record that the blocks are in the frames now."""
-        self.owner[layer, frame] = block
-        self.frame_of[layer, block // self.kv_heads, block % self.kv_heads] = frame.to(torch.int32)
+    def admit(self, moves: Moves):
+        """The blocks are in their frames now; those whose pages were dropped meanwhile give them back."""
+        arrived = (moves.frame < self.frames) & ~self._dropped[moves.block // self.kv_heads]
+        self._owner.scatter_(1, moves.frame, torch.where(arrived, moves.block, FREE))
+        block, frame = torch.where(arrived, moves.block, 0), torch.where(arrived, moves.frame, -1)
+        self.frame_of.flatten(1).scatter_(1, block, frame.to(torch.int32))
 
     def clear(self):
         self.frame_of.fill_(-1)
-        self.owner.fill_(-1)
+        self._owner.fill_(FREE)
+        self._dropped.fill_(True)
+
+
+def first_places(mask: torch.Tensor, most: int) -> torch.Tensor:
+    """Where the first `most` true values of each row `[rows, n]` are: `[rows, most]` int64, any value beyond them."""
+    places = torch.zeros((len(mask), most + 1), dtype=torch.int64, device=mask.device)
+    if mask.is_cuda:
+        rank = mask.cumsum(1) - 1
+        slot = torch.where(mask & (rank < most), rank, most)
+        places.scatter_(1, slot, torch.arange(mask.shape[1], device=mask.device).expand_as(slot))
+    else:  # few of many are true: a CPU need not touch the others
+        row, place = torch.nonzero(mask, as_tuple=True)
+        count = torch.bincount(row, minlength=len(mask))
+        rank = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+        places[row, rank.clamp(max=most)] = place
+    return places[:, :most]

@@ -13,6 +13,7 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS, environ
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.exchange import EXCHANGE_BYTES, equal_shares, rank_blocks, wanted_blocks
+from rheoserve_sgl.coordinator.lane import Lane
 from rheoserve_sgl.ops.plan import Plan
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
@@ -35,7 +36,10 @@ class Coordinator:
         self._freed: list[torch.Tensor] = []
         self._visited: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._steps = 0
-        self._changed = True  # whether requests joined or left, or frames were given back, since the last exchange
+        self._due = False  # whether an exchange waits for the one before
+        self._changed = True  # whether requests joined or left since the last exchange
+        # Where blocks move beside the forward pass; None: they move before it.
+        self.lane = Lane(pool) if pool.importance.is_cuda else None
         # Of this step's scores in the importance: it grows instead of the past being multiplied down.
         self.weight = 1.0
         seed = environ.random_exchange_seed()
@@ -43,9 +47,7 @@ class Coordinator:
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         per_layer = EXCHANGE_BYTES // max(pool.layer_num * pool.block_bytes, 1)
         self._most = max(per_layer, 1)
-        self.counts = dict.fromkeys(
-            ("decode_steps", "exchanges", "exchanged_blocks", "device_blocks", "host_blocks"), 0
-        )
+        self.counts = dict.fromkeys(("decode_steps", "exchanges", "device_blocks", "host_blocks"), 0)
 
     def page_freed(self, pages: torch.Tensor):
         """Pages went back to the allocator. Safe to call while a batch is in flight."""
@@ -71,14 +73,13 @@ class Coordinator:
                 pages.record_stream(torch.cuda.current_stream())
         pages = torch.cat(self._freed).long()
         self._freed.clear()
-        if self.pool.forget_pages(pages):
-            self._changed = True
+        self.pool.forget_pages(pages)
 
     def clear(self):
         """All pages were freed at once (flush_cache)."""
         self._freed.clear()
         self._changed = True
-        self.pool.clear()
+        self.pool.clear()  # what is on its way will not be admitted
 
     def begin_decode(self, make_batch: Callable[[], Batch]):
         """Call before a decode step's first layer.
@@ -92,8 +93,11 @@ class Coordinator:
         self._steps += 1
         self.counts["decode_steps"] += 1
         self._fade()
-        if self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0:
-            self._changed = False
+        if self.lane is not None:
+            self.lane.finish()
+        self._due |= self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0
+        if self._due and not (self.lane and self.lane.busy):
+            self._due = self._changed = False
             self._exchange(make_batch())
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor):
@@ -134,9 +138,16 @@ class Coordinator:
         if self._random is not None:
             worth = self._shuffle(worth)
         shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
-        wanted = wanted_blocks(worth, batch.pages, shares, pool.host.pages)
-        self.counts["exchanged_blocks"] += pool.exchange(wanted, self._most)
+        wanted = wanted_blocks(worth, batch.pages, shares, pool.host.pages, pool.frame_count // pool.head_num)
         self.counts["exchanges"] += 1
+        if self.lane is None:
+            return pool.exchange(wanted, self._most)
+        arriving = pool.let_go(wanted)
+        # The newest pages are written by every step: they move in its order, before it.
+        newest = torch.zeros(pool.host.pages, dtype=torch.bool, device=batch.newest.device)
+        newest[batch.newest] = True
+        pool.load(arriving & newest[:, None], len(batch.newest) * pool.head_num)
+        self.lane.start(pool.residency.reserve(arriving & ~newest[:, None], self._most))
 
     def _shuffle(self, worth: torch.Tensor) -> torch.Tensor:
         """A random order, with a random half of the blocks shut out."""
@@ -154,7 +165,9 @@ class Coordinator:
             torch.cuda.synchronize()  # a batch may be in flight on SGLang's forward stream
         self.settle()
         self._sum_visits()
-        used = pool.residency.used
+        if self.lane is not None:
+            self.lane.finish()
+        used, moved = pool.residency.used, int(pool.moved)
         frames = pool.frame_count * pool.layer_num
         host_pages = pool.host.pages - 1
         live = (host_pages - free_pages) * pool.layer_num * pool.head_num
@@ -167,6 +180,7 @@ class Coordinator:
             "page_tokens": PAGE_TOKENS,
             "resident_fraction": used / live if live else 0.0,
             "host_attention_share": self.counts["host_blocks"] / attended if attended else 0.0,
-            "exchanged_bytes": self.counts["exchanged_blocks"] * pool.block_bytes,
+            "exchanged_blocks": moved,
+            "exchanged_bytes": moved * pool.block_bytes,
             **self.counts,
         }

@@ -26,7 +26,7 @@ def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
     # left; the first that is cut sets the cut for all longer ones.
     level = (capacity - before).clamp(min=0) // heads_left
     cut = ranked > level
-    cap = torch.where(cut.any(), level[cut.int().argmax()], ranked[-1])
+    cap = torch.where(cut.any(), level.gather(0, cut.int().argmax()[None]), ranked[-1:])
     shares = torch.empty_like(ranked)
     shares[order] = torch.minimum(ranked, cap)
     return shares
@@ -55,26 +55,26 @@ def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_
     return worth.masked_fill(~keep[None, ..., None], -torch.inf).transpose(2, 3)
 
 
-def wanted_blocks(worth, pages, shares, all_pages: int):
+def wanted_blocks(worth, pages, shares, all_pages: int, capacity: int):
     """The blocks that should be resident: the best `shares` of each (layer, request, head).
 
     Args:
         worth: `[layers, batch, kv_heads, max_pages]`
         pages: `[batch, max_pages]`
-        shares: `[batch]`
+        shares: `[batch]`, each at most `capacity`
 
     Returns:
         `[layers, all_pages, kv_heads]` bool
     """
     layers, batch, kv_heads, max_pages = worth.shape
-    most = min(int(shares.max()), max_pages)
-    wanted = torch.zeros((layers, all_pages, kv_heads), dtype=torch.bool, device=worth.device)
-    if most == 0:
-        return wanted
+    most = min(capacity, max_pages)
+    wanted = torch.zeros((layers, all_pages * kv_heads), dtype=torch.bool, device=worth.device)
     best, at = torch.topk(worth, most, dim=3)
     rank = torch.arange(most, device=worth.device)
     take = (rank < shares[:, None])[None, :, None] & (best > -torch.inf)
     page = pages[None, :, None].expand(layers, -1, kv_heads, -1).gather(3, at)
-    layer, _, head, _ = torch.nonzero(take, as_tuple=True)
-    wanted[layer, page[take], head] = True
-    return wanted
+    block = page * kv_heads + torch.arange(kv_heads, device=worth.device)[:, None]
+    # What is not taken marks block 0, which is nobody's.
+    wanted.scatter_(1, torch.where(take, block, 0).flatten(1), True)
+    wanted[:, :kv_heads] = False
+    return wanted.view(layers, all_pages, kv_heads)

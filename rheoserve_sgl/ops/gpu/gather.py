@@ -1,6 +1,5 @@
-"""A request's prefix, staged for prefill: each block from its frame, or over PCIe from the pinned host store."""
+"""A request's prefix for prefill: each block from its frame, or over PCIe from the pinned host store."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -43,20 +42,3 @@ def gather_prefix(host, frames, frame_of, pages, out):
         host, frames, frame_of, pages, out, kv_heads, out.stride(0),
         DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
     )  # fmt: skip
-
-
-class Staging:
-    """Room for one request's prefix in one layer; it grows to the longest that came."""
-
-    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device):
-        self._room = torch.empty((2, 0, kv_heads, head_dim), dtype=dtype, device=device)
-
-    def prefix(self, host, frames, frame_of, pages, tokens: int) -> torch.Tensor:
-        """K and V `[2, tokens, kv_heads, head_dim]` of a prefix, valid until the next call."""
-        needed = len(pages) * PAGE_TOKENS
-        if self._room.shape[1] < needed:
-            _, _, kv_heads, dim = self._room.shape
-            self._room = self._room.new_empty((2, needed, kv_heads, dim))
-        room = self._room[:, :needed]
-        gather_prefix(host, frames, frame_of, pages, room)
-        return room[:, :tokens]

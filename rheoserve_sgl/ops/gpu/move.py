@@ -1,29 +1,49 @@
-"""Blocks from the pinned host store into frames, by one kernel that reads over PCIe: any list, no copy in between."""
+"""Blocks from the pinned host store into frames of all layers, by one kernel that reads over PCIe."""
 
+import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = 2048  # of a block to a program
+WORDS = 1024  # of 8 bytes, read at once by a program
+BESIDE = 24  # programs that fill the bus and leave the multiprocessors to others
+ALONE = 264
 
 
 @triton.jit
-def _fill(host, frames, blocks, targets, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
-    block = tl.load(blocks + tl.program_id(0)).to(tl.int64)
-    frame = tl.load(targets + tl.program_id(0)).to(tl.int64)
-    at = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
-    used = at < SIZE
-    tl.store(frames + frame * SIZE + at, tl.load(host + block * SIZE + at, mask=used), mask=used)
+def _fill(hosts, frames, blocks, targets, counts, layers, most, SIZE: tl.constexpr, WORDS: tl.constexpr):
+    at = tl.arange(0, WORDS)
+    pieces = (SIZE + WORDS - 1) // WORDS
+    for layer in range(0, layers):
+        count = tl.load(counts + layer)
+        source = tl.load(hosts + layer).to(tl.pointer_type(tl.int64))
+        target = tl.load(frames + layer).to(tl.pointer_type(tl.int64))
+        for job in range(tl.program_id(0), count * pieces, tl.num_programs(0)):
+            slot = layer * most + job // pieces
+            place = (job % pieces) * WORDS + at
+            block = tl.load(blocks + slot)
+            frame = tl.load(targets + slot)
+            words = tl.load(source + block * SIZE + place, mask=place < SIZE)
+            tl.store(target + frame * SIZE + place, words, mask=place < SIZE)
 
 
-def fill_frames(host, frames, blocks, targets):
-    """Copy host blocks `[n]` of one layer into frames `[n]`, in stream order.
+def addresses(tensors: list[torch.Tensor], device) -> torch.Tensor:
+    """Where the tensors begin, `[n]` int64, for a kernel that takes them all."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=device)
+
+
+def fill_frames(hosts, frames, block_bytes: int, moves, programs: int = ALONE):
+    """Copy the blocks of `moves` into their frames, in stream order.
 
     Args:
-        host: `[all_blocks, 2, 64, head_dim]`, pinned
-        frames: `[frames + 1, 2, 64, head_dim]`, on the GPU
-        blocks, targets: `[n]` int64, on the GPU
+        hosts: `[layers]` int64, addresses of `[all_blocks, 2, 64, head_dim]`, pinned
+        frames: `[layers]` int64, addresses of `[frames + 1, 2, 64, head_dim]`
+        block_bytes: of a block, a multiple of 8
+        moves: rheoserve_sgl.cache.residency.Moves
+        programs: how many work at it
     """
-    if len(blocks) == 0:
+    layers, most = moves.block.shape
+    if most == 0:
         return
-    size = host[0].numel()
-    _fill[(len(blocks), triton.cdiv(size, ELEMENTS))](host, frames, blocks, targets, SIZE=size, ELEMENTS=ELEMENTS)
+    _fill[(programs,)](
+        hosts, frames, moves.block, moves.frame, moves.count, layers, most, SIZE=block_bytes // 8, WORDS=WORDS
+    )

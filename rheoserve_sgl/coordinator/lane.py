@@ -1,0 +1,39 @@
+"""Where blocks move beside the forward pass: a stream of its own, in two phases.
+
+Frames are reserved before, and the table learns of the blocks after, both in the forward stream; in between no step
+reads or writes what is copied. A page that is dropped meanwhile is not admitted (Residency.admit).
+"""
+
+import torch
+
+from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.cache.residency import Moves
+
+
+class Lane:
+    """One exchange at a time."""
+
+    def __init__(self, pool: TwoTierKVPool):
+        self._pool = pool
+        self._stream = torch.cuda.Stream()
+        self._done = torch.cuda.Event()
+        self._moves: Moves | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._moves is not None
+
+    def start(self, moves: Moves):
+        """Begin to copy into reserved frames."""
+        self._moves = moves  # also keeps them alive while the stream reads them
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._pool.fill(moves, beside=True)
+        self._done.record(self._stream)
+
+    def finish(self):
+        """Admit what was copied, if all of it was; does not wait."""
+        if self._moves is not None and self._done.query():
+            torch.cuda.current_stream().wait_event(self._done)
+            self._pool.residency.admit(self._moves)
+            self._moves = None
