@@ -1,0 +1,167 @@
+"""Decode throughput on a GPU with Qwen3-8B's shapes: SGLang, SGLang with HiCache, and RheoServe, with the same device
+memory for KV.
+
+Real servers, one after another; weights are random (`--load-format dummy`), and so are the prompts. RheoServe's
+selection is synthetic, of a given churn a step (synthetic_server.py); `quest` scores with the random weights instead.
+Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long and a short
+generation after the same cached prompts, so that start-up, prefill and HTTP cancel out. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from machine import describe_machine
+from serving import Server, random_prompts
+
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151645,
+}
+TOKEN_BYTES = 2 * 36 * 8 * 128 * 2
+SHORT = 8  # tokens of the generation that is subtracted
+SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
+
+
+def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
+    """Flags and program of each system that was asked for."""
+    tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
+    own = ["--page-size", "64", "--max-total-tokens", str(tokens)]
+    host_gb = 1.05 * args.requests * (args.context + 2 * args.steps) * TOKEN_BYTES / 1e9
+    rheo = ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
+    rheo += [
+        "--rheoserve-host-size",
+        f"{host_gb:.1f}",
+        "--rheoserve-token-budget",
+        str(args.budget),
+        *args.rheo.split(),
+    ]
+    hicache = ["--enable-hierarchical-cache", "--hicache-size", f"{host_gb:.0f}"]
+    every = {
+        "sglang": ([*own, "--attention-backend", args.peer], None),
+        "hicache": ([*own, "--attention-backend", args.peer, *hicache], None),
+        "quest": (rheo, None),
+    }
+    for churn in args.churn:
+        every[f"churn {churn:g}"] = (rheo, [sys.executable, str(SYNTHETIC), str(churn)])
+    wanted = {"rheoserve": [name for name in every if name.startswith("churn")]}
+    names = [name for asked in args.systems for name in wanted.get(asked, [asked])]
+    return {name: every[name] for name in names}
+
+
+def measure(server: Server, prompts: list[list[int]], steps: int, repeats: int) -> dict:
+    """Tokens/s of all requests together, after their prompts are cached."""
+    began = time.perf_counter()
+    for prompt in prompts:
+        server.tokens([prompt], 1)
+    prefill = time.perf_counter() - began
+    server.tokens(prompts, SHORT)
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        server.tokens(prompts, SHORT)
+        between = time.perf_counter()
+        server.tokens(prompts, SHORT + steps)
+        rates.append(len(prompts) * steps / (time.perf_counter() - between - (between - start)))
+    return {
+        "requests": len(prompts),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "step_ms": round(1000 * len(prompts) / statistics.median(rates), 2),
+        "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill),
+    }
+
+
+def holds(name: str, args) -> int:
+    """Requests that a system can decode at once."""
+    tokens = args.device_gb * 1e9 / TOKEN_BYTES
+    if name in ("sglang", "hicache"):
+        return max(min(int(tokens // (args.context + 2 * args.steps)), args.requests), 1)
+    return args.requests
+
+
+def run(name: str, args, folder: Path) -> list[dict]:
+    flags, program = systems(args)[name]
+    flags = [
+        *flags,
+        *("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"),
+        *("--context-length", str(args.context + 4 * args.steps), "--cuda-graph-max-bs", str(args.requests)),
+        *("--mem-fraction-static", "0.85", "--sampling-backend", "pytorch"),
+    ]
+    prompts = random_prompts(0, [args.context] * holds(name, args))
+    rows = []
+    with Server(folder / "model", flags, folder / f"{name}.log", program=program) as server:
+        before = server.rheo() if "rheoserve" in flags else None
+        for count in sorted({1, len(prompts)}, reverse=True):
+            row = {"system": name, "context": args.context, "device_gb": args.device_gb}
+            row |= measure(server, prompts[:count], args.steps, args.repeats)
+            if before is not None:
+                after = server.rheo()
+                device, host = (after[key] - before[key] for key in ("device_blocks", "host_blocks"))
+                row["host_share"] = round(host / max(device + host, 1), 4)
+                steps = after["decode_steps"] - before["decode_steps"]
+                row["host_mb_a_step"] = round(host * 2 * 64 * 128 * 2 / 1e6 / max(steps, 1), 1)
+                row["exchanged_mb_a_step"] = round(
+                    (after["exchanged_bytes"] - before["exchanged_bytes"]) / 1e6 / max(steps, 1), 1
+                )
+                before = after
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=["sglang", "hicache", "rheoserve"])
+    parser.add_argument("--peer", default="fa3", help="attention backend of SGLang's own")
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--device-gb", type=float, default=12, help="GB of device memory for KV")
+    parser.add_argument("--requests", type=int, default=8, help="at once, where they fit")
+    parser.add_argument("--churn", type=float, nargs="+", default=[0.05], help="of the selection, a step")
+    parser.add_argument("--budget", type=int, default=4096, help="tokens selected per KV head")
+    parser.add_argument("--steps", type=int, default=128, help="decode steps timed")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = args.logs or Path(folder)
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
+        for name in systems(args):
+            rows += run(name, args, folder)
+    best = max((row["tokens_per_second"] for row in rows if row["system"] in ("sglang", "hicache")), default=None)
+    print(
+        f"\n{'system':12s} {'requests':>8s} {'tokens/s':>9s} {'step ms':>8s} {'times SGLang':>12s} {'host share':>10s}"
+    )
+    for row in rows:
+        times = f"{row['tokens_per_second'] / best:.2f}x" if best else ""
+        host = f"{row['host_share']:.3f}" if "host_share" in row else ""
+        figures = f"{row['tokens_per_second']:9.1f} {row['step_ms']:8.2f}"
+        print(f"{row['system']:12s} {row['requests']:8d} {figures} {times:>12s} {host:>10s}")
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({"benchmark": "decode", "options": options, "rows": rows, **describe_machine()}))
+
+
+if __name__ == "__main__":
+    main()
