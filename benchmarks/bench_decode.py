@@ -3,8 +3,9 @@ memory for KV.
 
 Real servers, one after another; weights are random (`--load-format dummy`), and so are the prompts. RheoServe's
 selection is synthetic, of a given churn a step (synthetic_server.py); `quest` scores with the random weights instead.
-Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long and a short
-generation after the same cached prompts, so that start-up, prefill and HTTP cancel out. The last line is JSON.
+Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long
+and a short generation after the same cached prompts, so that start-up, prefill and HTTP cancel out. The last line is
+JSON.
 """
 
 import argparse
