@@ -12,13 +12,14 @@ import torch
 from machine import describe_machine
 
 from rheoserve_sgl.cache.host_memory import pin_all, zeroed
+from rheoserve_sgl.cache.pool import addresses
 from rheoserve_sgl.cache.residency import Moves
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.ask import Asker
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
-from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, addresses, fill_frames
+from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables

@@ -26,7 +26,7 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def _draw(
     pages, n_pages, tail_len, logits, tile_max, tile_sum, layer, churn, spread, kv_heads, heads, max_pages, tiles,
     PAGES: tl.constexpr, TOKENS: tl.constexpr,

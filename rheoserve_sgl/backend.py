@@ -151,7 +151,6 @@ class RheoAttnBackend(AttentionBackend):
         index = layer.layer_id - pool.start_layer
         self._refuse_extras(layer, k, kwargs)
         if save_kv_cache and self.behind is not None:
-            k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
             self.behind.write(pool, index, forward_batch.out_cache_loc, k, v)
         elif save_kv_cache:
             self._store(layer, forward_batch, k, v)
@@ -167,7 +166,8 @@ class RheoAttnBackend(AttentionBackend):
                 if self.staging is None:
                     out[tokens] = self._prefill(index, *own, batch.pages[row], before, layer.scaling)
                 else:
-                    out[tokens] = prefill_flash(*own, self.staging.take() if before else None, layer.scaling)
+                    prefix = self.staging.take().to(q.dtype) if before else None
+                    out[tokens] = prefill_flash(*own, prefix, layer.scaling)
             start += new
         # After the last layer anything may be read; before that, gate keys may be pooled from stored ones.
         reads_store = not self.writes.whole or not pool.gate.kind

@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from rheoserve_sgl.cache.pool import addresses
 from rheoserve_sgl.cache.residency import Moves
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
@@ -77,7 +78,7 @@ def launch_all(dtype: torch.dtype, dim: int):
                     totals, asker,
                 )  # fmt: skip
     slots = torch.zeros(LAYERS, 4, dtype=torch.int64)
-    there = move.addresses([host] * LAYERS, "cpu")
+    there = addresses([host] * LAYERS, "cpu")
     move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)

@@ -8,6 +8,7 @@ from gpu_step import moved
 from test_attention import check, make_visit, oracle
 from test_attn_gate import make_weights
 
+from rheoserve_sgl.cache.pool import addresses
 from rheoserve_sgl.cache.residency import Moves
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
@@ -19,7 +20,7 @@ from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
-from rheoserve_sgl.ops.gpu.move import addresses, fill_frames
+from rheoserve_sgl.ops.gpu.move import fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot

@@ -5,6 +5,7 @@ One command: `make test-gpu`.
 
 import pytest
 import torch
+from pools import make_pool
 from serving import Server, random_prompts, rheo_server
 from test_plan import listed
 from test_score import table
@@ -15,6 +16,7 @@ from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention
 from rheoserve_sgl.ops.score import score
+from rheoserve_sgl.runtime.batch import Batch
 
 pytestmark = pytest.mark.gpu
 
@@ -82,6 +84,29 @@ def test_host_kernel_reads_pinned_memory():
     visit = make_visit(1, 2, (5,), 8, 0)
     q = torch.randn(1, 2, 4, 64)
     check(attend_cpu(q, ((blocks, visit),), 0.125, 4), oracle(q, blocks, visit, 0.125))
+
+
+def test_an_exchange_does_not_wait_for_the_gpu():
+    pool, _ = make_pool(64 * 100, 64 * 20, "cuda", dtype=torch.float16, exchange_interval=1, window_tokens=64)
+    slots, lens = torch.arange(3, device="cuda"), torch.tensor([640, 1000, 1900], device="cuda")
+    table = (torch.randperm(99, device="cuda")[: 3 * 30].view(3, -1, 1) + 1) * 64 + torch.arange(64, device="cuda")
+    batch = Batch.build(table.flatten(1).int(), slots, lens, 1900, 1, 1)
+    pool.importance.uniform_()
+    gone = batch.pages[0]
+    torch.cuda.synchronize()
+    for step in range(20):
+        if step == 2:
+            torch.cuda.set_sync_debug_mode("error")  # after first uses
+        try:
+            if step == 10:
+                pool.coordinator.request_left(gone)
+            pool.coordinator.begin_decode(lambda: batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if step % 3 == 0:
+            torch.cuda.synchronize()
+    assert pool.coordinator.stats(0)["exchanges"] > 5
+    assert pool.residency.used == pool.frame_count * pool.layer_num
 
 
 LENGTHS = (1, 64, 129, 1000, 6000, 12000)

@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 
 
+def addresses(tensors: list[torch.Tensor], device) -> torch.Tensor:
+    """Where the tensors begin, `[n]` int64, for a kernel that takes them all."""
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=device)
+
+
 class TwoTierKVPool(MHATokenToKVPool):
     """Host store, frames, residency and quick keys behind SGLang's pool interface.
 
@@ -50,7 +55,8 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.residency = Residency(*shape, self.frame_count, self.device)
         self.quick = QuickKeys(*shape, self.head_dim, self.gate, self.store_dtype, self.device)
         self.moved = torch.zeros((), dtype=torch.int64, device=self.device)  # blocks copied into frames so far
-        self._addresses = None  # of both tiers' layers
+        tiers = self.host.layers, self.frames.layers
+        self._addresses = tuple(addresses(layers, self.device) for layers in tiers)
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         logger.info(
             "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "
@@ -102,7 +108,7 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def forget_pages(self, pages: torch.Tensor):
         """Give back the frames of pages that left their owner."""
-        self.importance[:, pages] = 0.0
+        self.importance.index_fill_(1, pages, 0.0)
         self.residency.drop_pages(pages)
 
     def exchange(self, wanted: torch.Tensor, most: int):
@@ -135,11 +141,8 @@ class TwoTierKVPool(MHATokenToKVPool):
         """
         self.moved += moves.count.sum()
         if moves.block.is_cuda:
-            from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, addresses, fill_frames
+            from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, fill_frames
 
-            if self._addresses is None:
-                tiers = self.host.layers, self.frames.layers
-                self._addresses = tuple(addresses(tensors, self.device) for tensors in tiers)
             fill_frames(*self._addresses, self.block_bytes, moves, BESIDE if beside else ALONE)
             return
         for index, count in enumerate(moves.count.tolist()):

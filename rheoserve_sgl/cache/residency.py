@@ -51,8 +51,9 @@ class Residency:
         """Free the frames of all blocks of these pages `[n]`, in every layer, also of those on their way."""
         held = self.frame_of[:, pages].flatten(1).long()
         self._owner.scatter_(1, torch.where(held < 0, self.frames, held), FREE)
-        self.frame_of[:, pages] = -1
-        self._dropped[pages] = True
+        # (Assigning a number by an index would wait for the GPU.)
+        self.frame_of.index_fill_(1, pages, -1)
+        self._dropped.index_fill_(0, pages, True)
 
     def release(self, leaving: torch.Tensor):
         """Free the frames of resident blocks in `leaving`, `[layers, pages, kv_heads]` bool."""

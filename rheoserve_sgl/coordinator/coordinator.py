@@ -145,7 +145,7 @@ class Coordinator:
         arriving = pool.let_go(wanted)
         # The newest pages are written by every step: they move in its order, before it.
         newest = torch.zeros(pool.host.pages, dtype=torch.bool, device=batch.newest.device)
-        newest[batch.newest] = True
+        newest.index_fill_(0, batch.newest, True)
         pool.load(arriving & newest[:, None], len(batch.newest) * pool.head_num)
         self.lane.start(pool.residency.reserve(arriving & ~newest[:, None], self._most))
 

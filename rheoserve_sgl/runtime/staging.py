@@ -29,8 +29,11 @@ class Staging:
             return
         most = max(len(pages) for pages, _ in self._prefixes) * PAGE_TOKENS
         if self._rooms.shape[2] < most:
-            both, parts, _, heads, dim = self._rooms.shape
-            self._rooms = self._rooms.new_empty((both, parts, most, heads, dim))
+            both, parts, had, heads, dim = self._rooms.shape
+            # By half at least, and the old ones given back first: each chunk of a long prompt has a longer prefix.
+            shape = (both, parts, max(most, had * 3 // 2), heads, dim)
+            self._rooms = self._rooms.new_empty(0)
+            self._rooms = self._rooms.new_empty(shape)
         self._fetch(0)
 
     def take(self) -> torch.Tensor:

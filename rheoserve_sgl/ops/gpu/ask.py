@@ -13,10 +13,11 @@ from rheoserve_sgl.ops.doorbell import Exchange
 
 @triton.jit
 def store_release(address, value):
-    """Write int64 `value` to `address` after all that this thread has seen written."""
-    # The dummy result keeps the compiler from dropping the store.
+    """Write int64 `value` to `address`, once, after all that the program has seen written."""
+    # The dummy result keeps the compiler from dropping the store. One thread writes: a release is a fence for each.
     tl.inline_asm_elementwise(
-        "st.release.sys.global.u64 [$1], $2; mov.u64 $0, $2;",
+        "{ .reg .pred %first; .reg .u32 %own; mov.u32 %own, %tid.x; setp.eq.u32 %first, %own, 0; "
+        "@%first st.release.sys.global.u64 [$1], $2; mov.u64 $0, $2; }",
         "=l,l,l",
         [address, value],
         dtype=tl.int64,
@@ -27,9 +28,17 @@ def store_release(address, value):
 
 @triton.jit
 def load_acquire(address):
-    """The int64 at `address`, before all that is read later."""
+    """The int64 at `address`, where a CPU may write it, before all that is read later."""
     return tl.inline_asm_elementwise(
         "ld.acquire.sys.global.u64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def load_acquire_own(address):
+    """As `load_acquire`, where only this GPU writes."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.u64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1
     )
 
 

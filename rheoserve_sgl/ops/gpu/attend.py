@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.ops.gpu.ask import load_acquire, nanoseconds
+from rheoserve_sgl.ops.gpu.ask import load_acquire, load_acquire_own, nanoseconds
 from rheoserve_sgl.ops.plan import Visit
 
 FEWEST = 2  # blocks of a list to a program, at least
@@ -105,7 +105,7 @@ def _merge(
             _wait(counter, seen, late, report, answered, limit)
         elif tl.load(host_counts + pair) > 0:
             number = tl.load(counter)
-            while load_acquire(seen.to(tl.int64)) != number:
+            while load_acquire_own(seen.to(tl.int64)) != number:
                 pass
     count = tl.load(counts + pair)
     split = _part_length(count, parts, FEWEST)

@@ -1,6 +1,5 @@
 """Blocks from the pinned host store into frames of all layers, by one kernel that reads over PCIe."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -24,11 +23,6 @@ def _fill(hosts, frames, blocks, targets, counts, layers, most, SIZE: tl.constex
             frame = tl.load(targets + slot)
             words = tl.load(source + block * SIZE + place, mask=place < SIZE)
             tl.store(target + frame * SIZE + place, words, mask=place < SIZE)
-
-
-def addresses(tensors: list[torch.Tensor], device) -> torch.Tensor:
-    """Where the tensors begin, `[n]` int64, for a kernel that takes them all."""
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=device)
 
 
 def fill_frames(hosts, frames, block_bytes: int, moves, programs: int = ALONE):

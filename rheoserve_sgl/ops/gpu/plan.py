@@ -126,9 +126,8 @@ def _plan(
         tl.debug_barrier()  # the question is whole when all of this program's threads have written
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
             tl.store(arrived, 0)
-            number = tl.load(counter) + 1
-            tl.store(counter, number)
-            store_release(bell.to(tl.int64), number)
+            # An atomic gives all threads one number; loading and storing it would not.
+            store_release(bell.to(tl.int64), tl.atomic_add(counter, 1, sem="relaxed") + 1)
 
 
 def plan_gpu(
