@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+from serving import random_prompts
 
 from benchmarks.accuracy.client import contains
+from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
 
 CORPUS = "".join(f"    value = compute({n}, mode='fast')  # line {n}\n" for n in range(5000))
@@ -58,7 +60,23 @@ def test_a_run_against_a_server(full, checkpoints, tmp_path, capsys):
 
     (tmp_path / "text").write_text(CORPUS)
     command = ["--model", str(checkpoints.path()), "--url", full.url, "--text", str(tmp_path / "text"), "--budgets"]
-    main([*command, "--contexts", "2048", "--samples", "1", "--new-tokens", "8"])
+    main([*command, "--contexts", "2048", "--samples", "1", "--new-tokens", "8", "--loss-tokens", "32"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     (row,) = document["rows"]
     assert row["system"] == "dense" and all(0 <= row[task] <= 1 for task in TASKS)  # random weights know nothing
+    assert row["loss"] > 1
+
+
+@pytest.mark.server
+def test_losses_of_forced_tokens_are_those_of_transformers(full, checkpoints):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompt, forced = random_prompts(5, (700, 40))
+    forced[3] = 0  # the token that else carries the figure
+    got = torch.tensor(forced_losses(full.url, prompt, forced, None))
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.path(), dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + forced])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(forced), reduction="none")
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
