@@ -32,8 +32,11 @@ class Checkpoints:
         return path
 
 
-def launch_command(model: Path, args: list[str], port: int) -> list[str]:
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
+LAUNCH = [sys.executable, "-m", "sglang.launch_server"]
+
+
+def launch_command(model: Path, args: list[str], port: int, program: list[str] | None = None) -> list[str]:
+    command = [*(program or LAUNCH), "--model-path", str(model), "--port", str(port)]
     # An idle scheduler polls; several servers would fight for two cores.
     command += ["--sleep-on-idle", "--random-seed", "1", "--skip-server-warmup"]
     for name, value in (("--dtype", "float32"), ("--context-length", "16384")):
@@ -58,14 +61,16 @@ def free_port() -> int:
 class Server:
     """A real server process, ready to answer; killed with its children on exit."""
 
-    def __init__(self, model: Path, args: list[str], log: Path, env: dict | None = None):
+    def __init__(
+        self, model: Path, args: list[str], log: Path, env: dict | None = None, program: list[str] | None = None
+    ):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.model = model
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                launch_command(model, args, self.port),
+                launch_command(model, args, self.port, program),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=os.environ | (env or {}),

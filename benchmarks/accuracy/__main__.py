@@ -74,7 +74,7 @@ def next_token_loss(url: str, texts: Texts, context: int, args, options: dict) -
     """Mean over the last `--loss-tokens` of `context` tokens of text, without the first, which comes from prefill."""
     losses = []
     for seed in range(max(args.samples // 4, 1)):
-        tokens = texts.tokens(context - 1, seed)
+        tokens = texts.tokens(context - 8, seed)  # SGLang keeps some of a context
         split = len(tokens) - args.loss_tokens
         losses += forced_losses(url, tokens[:split], tokens[split:], options)[1:]
     return sum(losses) / len(losses)

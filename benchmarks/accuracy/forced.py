@@ -58,7 +58,10 @@ def forced_losses(url: str, prompt: list[int], forced: list[int], options: dict 
             "top_logprobs_num": 2,
         },
     )
-    if answer["output_ids"] != forced:
+    got = answer["output_ids"]
+    if len(got) < len(forced):
+        raise RuntimeError(f"{url} ends after {len(got)} of {len(forced)} tokens: its --context-length is too small")
+    if got != forced:
         raise RuntimeError(f"{url} does not run the logit processor: start it with --enable-custom-logit-processor")
     return [-(second[0] - first[0] + 1.0) for first, second in answer["meta_info"]["output_top_logprobs"]]
 
