@@ -3,15 +3,20 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from serving import rheo_server
 
-from benchmarks.nano import export, facts, samples, sequences, tokenizer, train
+from benchmarks.nano import corpus, export, facts, samples, sequences, tokenizer, train
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
 from rheoserve_sgl.gate.sequences import load_sequences
+from rheoserve_sgl.nano import ask
 from rheoserve_sgl.nano.make import chat_tokenizer
+
+BUNDLED = Path(ask.__file__).with_name("model")
 
 SMALL = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv-heads": 1, "head-dim": 32}
 
@@ -116,3 +121,20 @@ def test_training_lowers_the_loss_goes_on_and_exports_the_same_model(made, words
 
 def ours_weights(path):
     return torch.load(path / "weights.pt", weights_only=True)
+
+
+@pytest.mark.server
+def test_the_bundled_model_finds_values_in_a_long_text(tmp_path, capsys):
+    """In the default mode with few frames: most of the text is attended to by the CPU, or not at all."""
+    args = ["--dtype", "bfloat16", "--rheoserve-device-tokens", "1024", "--rheoserve-token-budget", "2048"]
+    with rheo_server(BUNDLED, args, tmp_path) as server:
+        assert ask.main(["--url", server.url, "--tokens", "3000"]) == 0, capsys.readouterr().out
+        assert server.rheo()["host_blocks"] > 0
+
+
+def test_the_bundled_model_is_small_and_says_where_it_comes_from():
+    size = sum(file.stat().st_size for file in BUNDLED.iterdir())
+    assert size <= 32_000_000
+    licences = [package["licence"] for package in json.loads((BUNDLED / "sources.json").read_text())]
+    assert licences and all(corpus.PERMISSIVE.search(text) and not corpus.OTHER.search(text) for text in licences)
+    assert "sources.json" in (BUNDLED / "README.md").read_text()
