@@ -1,16 +1,16 @@
 # Every target makes its own .venv: the first one takes some minutes and about 9 GB (SGLang brings torch).
 PYTHON ?= python3
 PORT ?= 30000
-MODEL ?= models/nano
+MODEL ?= rheoserve_sgl/nano/model
 ARGS ?=
 # Few frames for the bundled model, so that a long prompt shows both tiers at work.
-DEMO := $(if $(filter models/nano,$(MODEL)),--rheoserve-device-tokens 4096 --rheoserve-host-ratio 32)
+DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-device-tokens 4096 --rheoserve-host-ratio 32)
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: serve test test-gpu lint format bench bench-gpu clean
 
-serve: .venv/ready $(if $(filter models/nano,$(MODEL)),models/nano/config.json)
+serve: .venv/ready
 	@$(PY) -m rheoserve_sgl.nano.announce http://127.0.0.1:$(PORT) $$$$ & \
 	exec $(PY) -m sglang.launch_server --model-path $(MODEL) --attention-backend rheoserve --port $(PORT) --sleep-on-idle $(DEMO) $(ARGS)
 
@@ -33,9 +33,6 @@ bench: .venv/ready
 
 bench-gpu: .venv/ready
 	$(PY) benchmarks/bench_ops.py $(ARGS)
-
-models/nano/config.json: | .venv/ready
-	$(PY) -m rheoserve_sgl.nano.make models/nano --layers 8
 
 # Editable, so that changes to the Python files need no reinstall; changes to csrc/ do.
 .venv/ready: pyproject.toml $(wildcard csrc/*.* csrc/isa/*)

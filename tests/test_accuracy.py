@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+from serving import random_prompts
 
 from benchmarks.accuracy.client import contains
+from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
 
 CORPUS = "".join(f"    value = compute({n}, mode='fast')  # line {n}\n" for n in range(5000))
@@ -58,7 +60,66 @@ def test_a_run_against_a_server(full, checkpoints, tmp_path, capsys):
 
     (tmp_path / "text").write_text(CORPUS)
     command = ["--model", str(checkpoints.path()), "--url", full.url, "--text", str(tmp_path / "text"), "--budgets"]
-    main([*command, "--contexts", "2048", "--samples", "1", "--new-tokens", "8"])
+    main([*command, "--contexts", "2048", "--samples", "1", "--new-tokens", "8", "--loss-tokens", "32"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     (row,) = document["rows"]
     assert row["system"] == "dense" and all(0 <= row[task] <= 1 for task in TASKS)  # random weights know nothing
+    assert row["loss"] > 1
+
+
+@pytest.mark.server
+def test_losses_of_forced_tokens_are_those_of_transformers(full, checkpoints):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompt, forced = random_prompts(5, (700, 40))
+    forced[3] = 0  # the token that else carries the figure
+    got = torch.tensor(forced_losses(full.url, prompt, forced, None))
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.path(), dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + forced])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(forced), reduction="none")
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_heat_map_shows_transformers_attention(checkpoints, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.accuracy import heatmap
+
+    path = checkpoints.path()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    (tokens,) = random_prompts(6, (300,))
+    mass = heatmap.block_mass(model, tokens, 7)
+    with torch.no_grad():
+        attention = model(torch.tensor([tokens]), output_attentions=True).attentions
+    expected = torch.stack([layer[0, :, -7:].mean(1) for layer in attention])  # [layers, heads, tokens]
+    for block in range(5):
+        part = expected[..., block * 64 : block * 64 + 64].sum(-1)
+        torch.testing.assert_close(mass[..., block], part, rtol=1e-4, atol=1e-5)
+    (tmp_path / "text").write_text(CORPUS)
+    heatmap.main(["--model", str(path), "--text", str(tmp_path / "text"), "--out", str(tmp_path / "map.svg"),
+                  "--context", "2048", "--samples", "2"])  # fmt: skip
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shares = torch.tensor([document[name] for name in ("sink", "retrieval", "window")])
+    torch.testing.assert_close(shares.sum(0), torch.ones_like(shares[0]), rtol=1e-3, atol=1e-3)
+    layers, heads = shares.shape[1:]
+    assert (tmp_path / "map.svg").read_text().count("<rect") == 1 + layers * heads * (1 + 64 + 8)
+
+
+def test_the_drawing_has_a_curve_for_each_system_and_a_panel_for_each_measure():
+    from xml.etree import ElementTree
+
+    from benchmarks.accuracy.draw import draw
+
+    rows = [{"system": "dense", "context": 4096, "budget": None, "needle": 1.0, "loss": 1.5}]
+    rows += [{"system": name, "context": 4096, "budget": budget, "needle": 0.5, "loss": 1.6}
+             for name in ("retrieval quest", "retrieval mean") for budget in (384, 512, 1024)]  # fmt: skip
+    document = {"options": {"model": "a/nano"}, "rows": rows}
+    text = draw(document)
+    ElementTree.fromstring(text)
+    assert text.count("<circle") == 2 * 2 * 3
+    assert text.count('stroke-dasharray="5 4"') == 2
+    with pytest.raises(ValueError, match="--context is 5; legal: 4096"):
+        draw(document, 5)

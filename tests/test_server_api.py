@@ -99,3 +99,14 @@ def test_server_info_shows_settings_and_live_counts(full):
     assert 0 < after["host_attention_share"] < 1
     assert after["frames_used"] + after["frames_free"] == before["frames_free"]
     assert after["host_pages_used"] == 1000 // 64 + (1039 // 64 - 1000 // 64)  # the radix tree's full pages
+
+
+def test_asking_for_a_needle_tells_a_wrong_answer(full, capsys):
+    """The checkpoint is random, and its answers are wrong."""
+    from rheoserve_sgl.nano import ask
+
+    text, facts = ask.hide(20_000, 3)
+    assert 20_000 <= len(text) < 21_000 and all(f"\n{name} = {value}\n" in text for name, value in facts.items())
+    assert ask.main(["--url", full.url, "--tokens", "1500"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("What is the value of key_") == shown.count("wrong: ") == 2

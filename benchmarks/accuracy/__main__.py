@@ -1,8 +1,10 @@
 """Accuracy of the modes, gates and budgets, on live servers: `python -m benchmarks.accuracy --model PATH --text FILE`.
 
 One server for each gate (and one for `balanced`) is started on the model; budgets, `full` (dense) and `window` are
-options of the requests. `--url` asks a server that runs already, with its own gate, instead. Prints a table; the last
-line is JSON. For RULER by lm-evaluation-harness, start a server and run:
+options of the requests. `--url` asks a server that runs already, with its own gate, instead. Prints a table: right
+answers of each task, and the loss in nats over the text's next tokens while decoding. The last line is JSON.
+
+For RULER by lm-evaluation-harness, start a server and run:
 
   lm_eval --model local-completions --tasks ruler --model_args
       base_url=http://127.0.0.1:30000/v1/completions,model=default,tokenizer=PATH,max_length=32768
@@ -20,6 +22,7 @@ from machine import describe_machine
 from serving import Server
 
 from benchmarks.accuracy.client import Client
+from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
 
 # (row of the table, options of its requests, or None and the budget as a share of the context)
@@ -30,6 +33,7 @@ def systems(args):
     """Flags of each server, the contexts it is asked at, and what it is asked."""
     common = ["--attention-backend", "rheoserve", "--rheoserve-window-tokens", "256", "--dtype", "auto"]
     common += ["--rheoserve-host-size", str(args.host_size), "--context-length", str(max(args.contexts))]
+    common.append("--enable-custom-logit-processor")
     if args.gate:
         dense = json.loads((Path(args.gate) / "config.json").read_text()).get("seerattn_start_layer", 0)
         common += ["--rheoserve-gate-path", args.gate, "--rheoserve-dense-layers", str(dense)]  # for every gate
@@ -57,10 +61,23 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
                 got = [client.right(texts.sample(task, context, seed), options) for seed in range(args.samples)]
                 right, turns = (sum(numbers) for numbers in zip(*got, strict=True))
                 row[task] = right / turns
+            if args.loss_tokens:
+                row["loss"] = next_token_loss(client.url, texts, context, args, options)
             rows.append(row)
             cells = " ".join(f"{100 * row[task]:11.1f}%" for task in args.tasks)
+            cells += f" {row['loss']:11.4f}" if args.loss_tokens else ""
             print(f"{name:20s} {context:8d} {budget or '-':>8} {cells}", flush=True)
     return rows
+
+
+def next_token_loss(url: str, texts: Texts, context: int, args, options: dict) -> float:
+    """Mean over the last `--loss-tokens` of `context` tokens of text, without the first, which comes from prefill."""
+    losses = []
+    for seed in range(max(args.samples // 4, 1)):
+        tokens = texts.tokens(context - 8, seed)  # SGLang keeps some of a context
+        split = len(tokens) - args.loss_tokens
+        losses += forced_losses(url, tokens[:split], tokens[split:], options)[1:]
+    return sum(losses) / len(losses)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -74,6 +91,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--selectors", nargs="+", help="default: seer where there is a gate, quest, mean")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--samples", type=int, default=20, help="of each task at each context")
+    parser.add_argument(
+        "--loss-tokens", type=int, default=256, help="of each text; 0: no loss. A quarter of the samples"
+    )
     parser.add_argument("--new-tokens", type=int, default=96, help="at most, for an answer")
     parser.add_argument("--host-size", type=float, default=4.0, help="GB of each server's host store")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the servers")
@@ -88,7 +108,10 @@ def main(argv=None):
     args = parse(argv)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = Texts(tokenizer, args.text.read_text(), args.new_tokens)
-    print(f"{'system':20s} {'context':>8s} {'budget':>8s} " + " ".join(f"{task:>12s}" for task in args.tasks))
+    print(
+        f"{'system':20s} {'context':>8s} {'budget':>8s} "
+        + " ".join(f"{task:>12s}" for task in [*args.tasks, *(["loss"] if args.loss_tokens else [])])
+    )
     rows = []
     if args.url:
         asked = [("dense", {"mode": "full"}, None), *((f"budget {share:.3f}", {}, share) for share in args.budgets)]

@@ -80,6 +80,11 @@ class Texts:
         draw = random.Random(f"{task} {context} {seed}")
         return TASKS[task](lambda: self._stretch(context - self.room, draw), draw)
 
+    def tokens(self, count: int, seed: int) -> list[int]:
+        """So many tokens of text, with nothing hidden in it."""
+        text = "".join(self._stretch(2 * count, random.Random(f"text {seed}")))
+        return self.tokenizer.encode(text, add_special_tokens=False)[:count]
+
     def _stretch(self, tokens: int, draw: random.Random) -> list[str]:
         picked, total, at = [], 0, draw.randrange(len(self.lines))
         while True:

@@ -71,16 +71,17 @@ def ask(facts: list[Fact], draw: random.Random) -> Asked:
     """A question about some of the facts."""
     by_name = {fact.name: fact for fact in facts}
     kind = draw.random()
-    if kind < 0.2 and len(facts) >= 4:
-        some = draw.sample(facts, draw.randint(2, 4))
+    if kind < 0.35 and len(facts) >= 4:
+        some = draw.sample(facts, draw.choice((2, 3, 4, 4)))
         names = ", ".join(fact.name for fact in some[:-1]) + f" and {some[-1].name}"
         steps = tuple(line for fact in some for line in chain(fact, by_name))
         return Asked(f"What are the values of {names}?", steps, ", ".join(fact.value for fact in some))
-    fact = draw.choice(facts)
+    aliases = [fact for fact in facts if fact.target is not None]
+    fact = draw.choice(aliases if aliases and kind < 0.55 else facts)
     if fact.magic:
         question = f"What is the special magic number for {fact.name} mentioned in the provided text?"
         return Asked(question, (fact.line.strip(),), fact.value)
-    if kind < 0.3:
+    if kind > 0.95:
         question = f"Which name was first given the value {fact.value}?"
         first = by_name[chain(fact, by_name)[-1].split(" = ")[0]]
         return Asked(question, (first.line.strip(),), first.name)
@@ -93,6 +94,15 @@ def ask(facts: list[Fact], draw: random.Random) -> Asked:
         )
     )
     return Asked(question, chain(fact, by_name), fact.value)
+
+
+def split_step(step: str) -> tuple[str, str, str]:
+    """A fact's line: what comes before the value, the value with the space before it, what comes after."""
+    before, equals, value = step.partition(" =")
+    if equals:
+        return before + equals, value, ""
+    before, _, value = step.rpartition(": ")
+    return before + ":", " " + value.removesuffix("."), "."
 
 
 def recall_line(fact: Fact, draw: random.Random) -> tuple[str, str, str]:

@@ -1,18 +1,19 @@
 """Training sequences: text with facts in it, and the facts asked again, in code and in chats of several turns.
 
-Every sequence has many questions at every distance, so that each step of training sees many recalls. An
-answer's tokens weigh more than others; an earlier answer shown without its reasoning weighs nothing.
+Every sequence has many questions at every distance, so that each step of training sees many recalls. What has to be
+recalled weighs more than other tokens, and what can be copied from the reasoning little more; an earlier answer shown
+without its reasoning weighs nothing.
 """
 
 import random
 
 import numpy as np
 
-from benchmarks.nano.facts import Asked, Fact, ask, make_facts, recall_line
+from benchmarks.nano.facts import Asked, Fact, ask, make_facts, recall_line, split_step
 from benchmarks.nano.haystack import Haystack
 
-ANSWER = 8.0  # weight of an answer's tokens
-STEP = 2.0  # of the lines that lead to it
+RECALL = 8.0  # weight of a value's tokens where it is recalled
+STEP = 2.0  # of the lines around it, and of the answer after them
 TURN_TOKENS = 130  # what a question and its answer take, roughly
 
 
@@ -51,9 +52,12 @@ class Builder:
         if shown:
             self.text("<think>\n")
             for step in asked.steps:
-                self.text(step + "\n", STEP)
+                before, value, after = split_step(step)
+                self.text(before, STEP)
+                self.text(value, RECALL)
+                self.text(after + "\n", STEP)
             self.text("</think>\n")
-        self.text(asked.answer, ANSWER if shown else 0.0)
+        self.text(asked.answer, STEP if shown else 0.0)
         self.text("<|im_end|>\n", 1.0 if shown else 0.0)
 
     def finish(self, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +85,7 @@ def code_sample(haystack: Haystack, tokenizer, length: int, draw: random.Random,
         waiting = waiting or draw.sample(facts, len(facts))
         before, value, after = recall_line(waiting.pop(), draw)
         built.text(before)
-        built.text(value, ANSWER)
+        built.text(value, RECALL)
         built.text(after)
     return built.finish(length)
 

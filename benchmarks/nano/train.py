@@ -1,6 +1,7 @@
 """Train the bundled model: `python -m benchmarks.nano.train --corpus DIR --tokenizer DIR --out DIR`.
 
-A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. A state is saved
+A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. With `--start` it
+trains an earlier run's weights further; give it another `--seed`. A state is saved
 every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped. DIR holds the
 results: weights.pt (bf16, transformers' names), log.jsonl (one line a report) and state.pt.
 """
@@ -20,9 +21,11 @@ from tokenizers import Tokenizer
 
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
-from benchmarks.nano.samples import ANSWER, make_sample
+from benchmarks.nano.samples import RECALL, make_sample
 
-PHASES = ((0.22, 1024), (0.45, 4096), (0.70, 16384), (1.0, 32768))  # until this share of the time, this context
+# Until this share of the time, this context: from random weights, and from trained ones.
+PHASES = ((0.22, 1024), (0.45, 4096), (0.70, 16384), (1.0, 32768))
+MORE = ((0.2, 4096), (0.5, 16384), (1.0, 32768))
 WARM_UP, FINAL = 60, 0.05  # steps; share of the peak learning rate at the end
 EVALUATION_SEED = 1 << 40
 REPORT_STEPS = 20
@@ -46,8 +49,8 @@ def make_batch(length: int, tokens: int, seed: int):
     return np.stack(ids).astype(np.int32), np.stack(weights)[:, 1:]
 
 
-def context_at(share: float, longest: int) -> int:
-    return min(next(length for end, length in PHASES if share <= end or end == 1.0), longest)
+def context_at(share: float, longest: int, phases=PHASES) -> int:
+    return min(next(length for end, length in phases if share <= end or end == 1.0), longest)
 
 
 def rate_at(step: int, share: float) -> float:
@@ -63,7 +66,7 @@ def answers_right(model: Nano, batch, device: str) -> tuple[int, int]:
         hidden = model(row[None, :-1].to(device))
         guess = (hidden @ model.embed_tokens.weight.to(hidden.dtype).T).argmax(-1).cpu()
         good = guess == row[1:]
-        inside = weight == ANSWER
+        inside = weight == RECALL
         edges = torch.diff(inside.int(), prepend=torch.tensor([0]), append=torch.tensor([0]))
         for first, end in zip(torch.nonzero(edges == 1), torch.nonzero(edges == -1), strict=True):
             right += bool(good[first:end].all())
@@ -85,6 +88,9 @@ class Run:
         fused = args.device == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
         self.step, self.spent = 0, 0.0
+        if args.start:
+            stored = torch.load(args.start, map_location=args.device, weights_only=True)
+            self.model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in stored.items()})
         args.out.mkdir(parents=True, exist_ok=True)
         self.file = args.out / "state.pt"
         if self.file.is_file():
@@ -133,7 +139,7 @@ def train(run: Run, pool: ProcessPoolExecutor):
 
     def order():
         nonlocal seed
-        length = context_at(min(run.share, 1.0), args.context)
+        length = context_at(min(run.share, 1.0), args.context, MORE if args.start else PHASES)
         waiting.append((length, pool.submit(make_batch, length, args.tokens, args.seed * 10_000_019 + seed)))
         seed += 1
 
@@ -196,6 +202,7 @@ def main(argv=None):
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="weights.pt of an earlier run, to train further")
     parser.add_argument("--seconds", type=float, default=450, help="of training, over all runs with this --out")
     parser.add_argument("--steps", type=int, help="instead of seconds")
     parser.add_argument("--tokens", type=int, default=262_144, help="of a step")

@@ -12,8 +12,12 @@ import urllib.request
 TEXT = """
 RheoServe is ready. Try, in another terminal:
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "default", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "default",
+    "messages": [{{"role": "user", "content": "key_abcde = 48213\\nWhat is the value of key_abcde?"}}]}}'
+
+or hide values in a long text and ask for them:
+
+  {python} -m rheoserve_sgl.nano.ask --url {url} --tokens 12000
 
 and see the tiers at work (frames, host pages, resident fraction, host-attention share, exchanges):
 
@@ -30,7 +34,7 @@ def main(url: str, pid: int):
             return
         try:
             with urllib.request.urlopen(url + "/health", timeout=5):
-                print(TEXT.format(url=url, python="python3"), flush=True)
+                print(TEXT.format(url=url, python=sys.executable), flush=True)
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
