@@ -12,6 +12,8 @@ import json
 import math
 from pathlib import Path
 
+from svg import Svg
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 440, 64, 56, 48, 168
 COLOURS = {"amx": "#c0392b", "avx512_bf16": "#2471a3", "avx512": "#7d3c98", "avx2": "#1e8449", "neon": "#c0392b"}
 PEERS = {"sdpa": "#7f8c8d", "torch_native": "#b2babb"}
@@ -22,22 +24,18 @@ class Plot:
 
     def __init__(self, groups: list[int], low: float, high: float, title: str):
         self.groups, self.low, self.high = groups, low, high
-        self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-            'font-size="12">',
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            f'<text x="{LEFT}" y="24" font-size="14">{title}</text>',
-        ]
+        self.picture = Svg(WIDTH, HEIGHT)
+        self.picture.text(LEFT, 24, title, size=14, colour="black")
         self.labels: list[tuple[float, str, str]] = []
         for group in groups:
-            self.text(self.x(group), HEIGHT - BOTTOM + 18, str(group), "middle")
-        self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, "query heads a KV head (group)", "middle")
+            self.picture.text(self.x(group), HEIGHT - BOTTOM + 18, str(group), "middle")
+        self.picture.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, "query heads a KV head (group)", "middle")
         for value in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
             if low <= value <= high:
                 y = self.y(value)
-                self.parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#e5e7e9"/>')
-                self.text(LEFT - 8, y + 4, str(value), "end")
-        self.text(LEFT - 8, TOP - 6, "GB/s of KV", "middle")
+                self.picture.line([(LEFT, y), (WIDTH - RIGHT, y)])
+                self.picture.text(LEFT - 8, y + 4, str(value), "end")
+        self.picture.text(LEFT - 8, TOP - 6, "GB/s of KV", "middle")
 
     def x(self, group: int) -> float:
         return LEFT + 20 + self.groups.index(group) * (WIDTH - LEFT - RIGHT - 40) / max(len(self.groups) - 1, 1)
@@ -46,25 +44,20 @@ class Plot:
         span = math.log(self.high / self.low)
         return HEIGHT - BOTTOM - math.log(max(value, self.low) / self.low) / span * (HEIGHT - BOTTOM - TOP)
 
-    def text(self, x: float, y: float, text: str, anchor: str, colour: str = "#2c3e50"):
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{text}</text>')
-
     def curve(self, name: str, rates: dict[int, float], colour: str, dash: str = ""):
         points = [(self.x(group), self.y(rate / 1e9)) for group, rate in rates.items()]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        self.parts.append(
-            f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
-        )
+        self.picture.line(points, colour, 2, dash)
         if not dash:
-            self.parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+            for x, y in points:
+                self.picture.dot(x, y, colour)
         self.labels.append((points[-1][1], name, colour))
 
     def svg(self) -> str:
         last = TOP
         for y, name, colour in sorted(self.labels):  # pushed down where they would meet
             last = max(y, last + 14)
-            self.text(WIDTH - RIGHT + 8, last + 4, name, "start", colour)
-        return "\n".join([*self.parts, "</svg>", ""])
+            self.picture.text(WIDTH - RIGHT + 8, last + 4, name, colour=colour)
+        return str(self.picture)
 
 
 def draw(document: dict, dim: int) -> str:

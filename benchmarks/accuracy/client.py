@@ -37,20 +37,23 @@ class Client:
         sampling = {"temperature": 0, "max_new_tokens": self.new_tokens, "skip_special_tokens": False}
         if options:
             sampling["custom_params"] = {"rheoserve": options}
-        reply = requests.post(
-            self.url + "/generate",
-            json={"input_ids": self.tokenizer.encode(prompt, add_special_tokens=False), "sampling_params": sampling},
-            timeout=SECONDS,
-        )
-        if reply.status_code != 200:
-            raise RuntimeError(f"{self.url} answers {reply.status_code}: {reply.text}")
-        return reply.json()["text"].removesuffix(self.tokenizer.eos_token or "")
+        tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
+        reply = generate(self.url, {"input_ids": tokens, "sampling_params": sampling})
+        return reply["text"].removesuffix(self.tokenizer.eos_token or "")
 
     def least_budget(self) -> int:
         """Tokens that the server always selects."""
         info = requests.get(self.url + "/server_info", timeout=SECONDS).json()
         settings = info["internal_states"][0]["rheoserve"]["settings"]
         return settings["sink_tokens"] + settings["window_tokens"] + PAGE_TOKENS
+
+
+def generate(url: str, body: dict) -> dict:
+    """What the server's `/generate` answers. Raises RuntimeError, with its reason, if it refuses."""
+    reply = requests.post(url + "/generate", json=body, timeout=SECONDS)
+    if reply.status_code != 200:
+        raise RuntimeError(f"{url} answers {reply.status_code}: {reply.text}")
+    return reply.json()
 
 
 def contains(answer: str, expected: tuple[str, ...]) -> bool:

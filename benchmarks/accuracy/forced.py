@@ -4,10 +4,9 @@ Only decoding is sparse; a prompt's own log probabilities come from prefill, whi
 `--enable-custom-logit-processor`.
 """
 
-import requests
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-SECONDS = 1800
+from benchmarks.accuracy.client import generate
 
 
 class ForcedTokens(CustomLogitProcessor):
@@ -45,10 +44,10 @@ def forced_losses(url: str, prompt: list[int], forced: list[int], options: dict 
         options: RheoServe's, for this request
     """
     # Cached first: of a prompt in several chunks each would call the processor, which counts its calls.
-    _generate(url, {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}})
+    generate(url, {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1}})
     params = {"forced": forced} | ({"rheoserve": options} if options else {})
     sampling = {"temperature": 0, "max_new_tokens": len(forced), "ignore_eos": True, "custom_params": params}
-    answer = _generate(
+    answer = generate(
         url,
         {
             "input_ids": prompt,
@@ -64,10 +63,3 @@ def forced_losses(url: str, prompt: list[int], forced: list[int], options: dict 
     if got != forced:
         raise RuntimeError(f"{url} does not run the logit processor: start it with --enable-custom-logit-processor")
     return [-(second[0] - first[0] + 1.0) for first, second in answer["meta_info"]["output_top_logprobs"]]
-
-
-def _generate(url: str, body: dict) -> dict:
-    reply = requests.post(url + "/generate", json=body, timeout=SECONDS)
-    if reply.status_code != 200:
-        raise RuntimeError(f"{url} answers {reply.status_code}: {reply.text}")
-    return reply.json()
