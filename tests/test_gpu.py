@@ -11,6 +11,7 @@ from test_plan import listed
 from test_score import table
 
 from rheoserve_sgl.cache.host_store import HostStore
+from rheoserve_sgl.coordinator.exchange import equal_shares
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
@@ -106,7 +107,8 @@ def test_an_exchange_does_not_wait_for_the_gpu():
         if step % 3 == 0:
             torch.cuda.synchronize()
     assert pool.coordinator.stats(0)["exchanges"] > 5
-    assert pool.residency.used == pool.frame_count * pool.layer_num
+    shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
+    assert pool.residency.used == int(shares.sum()) * pool.head_num * pool.layer_num
 
 
 LENGTHS = (1, 64, 129, 1000, 6000, 12000)
