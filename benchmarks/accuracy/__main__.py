@@ -12,8 +12,10 @@ For RULER by lm-evaluation-harness, start a server and run:
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,14 +41,19 @@ def systems(args):
         common += ["--rheoserve-gate-path", args.gate, "--rheoserve-dense-layers", str(dense)]  # for every gate
     for position, selector in enumerate(args.selectors):
         flags = ["--rheoserve-mode", "retrieval", "--rheoserve-device-attention", "selected"]
+        flags += frames(max(args.contexts), args)
         asked: Asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)]
         asked = asked if position == 0 else []
         asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
         yield [*common, *flags, "--rheoserve-selector", selector], args.contexts, asked
-    for context in args.contexts:  # an eighth of it resident
-        flags = ["--rheoserve-device-tokens", str(max(context // 8 // 64, 8) * 64)]
+    for context in args.contexts:
         asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
-        yield [*common, *flags, "--rheoserve-selector", args.selectors[0]], [context], asked
+        yield [*common, *frames(context, args), "--rheoserve-selector", args.selectors[0]], [context], asked
+
+
+def frames(context: int, args) -> list[str]:
+    """An eighth of each request's context resident."""
+    return ["--rheoserve-device-tokens", str(max(context // 8 // 64, 8) * 64 * args.parallel)]
 
 
 def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Asked) -> list[dict]:
@@ -57,12 +64,14 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
             budget = None if share is None else max(int(context * share) // 64 * 64, least)
             options = fixed if budget is None else {"token_budget": budget}
             row = {"system": name, "context": context, "budget": budget}
-            for task in args.tasks:
-                got = [client.right(texts.sample(task, context, seed), options) for seed in range(args.samples)]
-                right, turns = (sum(numbers) for numbers in zip(*got, strict=True))
-                row[task] = right / turns
-            if args.loss_tokens:
-                row["loss"] = next_token_loss(client.url, texts, context, args, options)
+            with ThreadPoolExecutor(args.parallel) as pool:
+                asking = {task: ask(pool, client, texts, task, context, args.samples, options) for task in args.tasks}
+                losses = next_token_losses(pool, client.url, texts, context, args, options)
+                for task, answers in asking.items():
+                    right, turns = (sum(numbers) for numbers in zip(*answers, strict=True))
+                    row[task] = right / turns
+                if args.loss_tokens:
+                    row["loss"] = statistics.mean(loss for of_text in losses for loss in of_text)
             rows.append(row)
             cells = " ".join(f"{100 * row[task]:11.1f}%" for task in args.tasks)
             cells += f" {row['loss']:11.4f}" if args.loss_tokens else ""
@@ -70,14 +79,20 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
     return rows
 
 
-def next_token_loss(url: str, texts: Texts, context: int, args, options: dict) -> float:
-    """Mean over the last `--loss-tokens` of `context` tokens of text, without the first, which comes from prefill."""
-    losses = []
-    for seed in range(max(args.samples // 4, 1)):
+def ask(pool: ThreadPoolExecutor, client: Client, texts: Texts, task: str, context: int, samples: int, options: dict):
+    """(right, turns) of each sample of one task; requests go out at once."""
+    return pool.map(lambda seed: client.right(texts.sample(task, context, seed), options), range(samples))
+
+
+def next_token_losses(pool: ThreadPoolExecutor, url: str, texts: Texts, context: int, args, options: dict):
+    """Of the last `--loss-tokens` of texts of `context` tokens, without each first one, which comes from prefill."""
+
+    def losses(seed: int) -> list[float]:
         tokens = texts.tokens(context - 8, seed)  # SGLang keeps some of a context
         split = len(tokens) - args.loss_tokens
-        losses += forced_losses(url, tokens[:split], tokens[split:], options)[1:]
-    return sum(losses) / len(losses)
+        return forced_losses(url, tokens[:split], tokens[split:], options)[1:]
+
+    return pool.map(losses, range(max(args.samples // 4, 1) if args.loss_tokens else 0))
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -94,6 +109,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--loss-tokens", type=int, default=256, help="of each text; 0: no loss. A quarter of the samples"
     )
+    parser.add_argument("--parallel", type=int, default=1, help="requests at once")
     parser.add_argument("--new-tokens", type=int, default=96, help="at most, for an answer")
     parser.add_argument("--host-size", type=float, default=4.0, help="GB of each server's host store")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the servers")

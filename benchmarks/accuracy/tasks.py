@@ -7,6 +7,7 @@ a chat. Texts are cut by the model's own tokenizer to the wanted context.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from benchmarks.nano.facts import Fact, make_value
 
@@ -74,6 +75,8 @@ class Texts:
         self.tokenizer = tokenizer
         self.room = ROOM + 20 * DISTRACTORS + MOST_TURNS * new_tokens
         self.lines = corpus.replace("\0", "\n").splitlines(keepends=True)
+        # The same samples are asked with every budget, and cutting texts to length takes time.
+        self.sample, self.tokens = cache(self.sample), cache(self.tokens)
 
     def sample(self, task: str, context: int, seed: int) -> Sample:
         """One sample whose prompt has at most `context` tokens, answers included."""
