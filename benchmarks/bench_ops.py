@@ -25,7 +25,7 @@ from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
-KV_HEADS, GROUP, DIM, PAGE = 8, 4, 128, 64
+LAYERS, KV_HEADS, GROUP, DIM, PAGE = 36, 8, 4, 128, 64
 BLOCK = 2 * PAGE * DIM * 2  # bytes
 CALLS = 20  # in a graph, each on its own data
 
@@ -136,7 +136,7 @@ def asking() -> dict[str, float]:
     exchange = Exchange.make(*pairs, GROUP, DIM, 8, pin=True)
     exchange.batch[0] = 1
     doorbell = Doorbell(exchange, [torch.zeros(8, 2, PAGE, DIM).bfloat16()], DIM**-0.5, 4)
-    asker = Asker(exchange, 10.0)
+    asker = Asker(exchange, 10.0, LAYERS)
     tables = Tables.make(1, 8, "cuda")  # no pages
     visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(exchange.visit).values()))
     visited, totals = torch.zeros_like(visit.count), torch.zeros(2, dtype=torch.int64, device="cuda")

@@ -46,7 +46,7 @@ std::string Doorbell::failure() {
 }
 
 bool Doorbell::awaits_request() const {
-  return bell_->asked.load(std::memory_order_acquire) == bell_->answered.load(std::memory_order_relaxed);
+  return bell_->asked.load(std::memory_order_acquire) <= bell_->answered.load(std::memory_order_relaxed);
 }
 
 void Doorbell::serve() {
@@ -65,7 +65,7 @@ void Doorbell::serve() {
       else if (++polls % kPollsPerClock != 0) relax();
       else if (std::chrono::steady_clock::now() - began > kPatience) pool_.keep_polling(patient = false);
     }
-    if (!stop_.load()) answer(answered + 1);
+    if (!stop_.load()) answer(bell_->asked.load(std::memory_order_acquire));
   }
 }
 

@@ -15,7 +15,8 @@ namespace rheo {
 
 // Request n (1, 2, 3, ...) is for attention number (n - 1) modulo how many there are: the layers of a step in turn.
 // Whoever asks fills what the attention points to, then writes n to `asked`, with no request still unanswered; the
-// results are there when `answered` is n. A request that fails is answered too; `failed` is the number of the first.
+// results are there when `answered` is n. Numbers may be passed over: those requests count as answered. A request that
+// fails is answered too; `failed` is the number of the first.
 struct Bell {
   alignas(64) std::atomic<uint64_t> asked;
   alignas(64) std::atomic<uint64_t> answered;

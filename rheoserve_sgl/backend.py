@@ -107,6 +107,7 @@ class RheoAttnBackend(AttentionBackend):
             forward_batch.batch_size,
             self.limits.pages,
         )
+        self.coordinator.swap(self.gpu.step.tables.rows(rows))
 
     def _batch(self, forward_batch, rows: int) -> Batch:
         lens = forward_batch.seq_lens_cpu

@@ -11,10 +11,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from rheoserve_sgl.cache.pool import addresses
-from rheoserve_sgl.cache.residency import Moves
+from rheoserve_sgl.cache.residency import Moves, Residency
+from rheoserve_sgl.coordinator.swap import Ranking
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, score, snapshot, tables
+from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, score, snapshot, swap, tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
 LAYERS, BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 2, 3, 2, 4, 512, 9, 5
@@ -40,8 +41,8 @@ class Elsewhere:
 class Bell:
     """What an Asker has."""
 
-    arrived, limit = torch.zeros(1, dtype=torch.int32), 10**9
-    asked = answered = counter = seen = lost = report = torch.zeros(1, dtype=torch.int64)
+    layers, limit = LAYERS, 10**9
+    asked = answered = counter = arrived = rung = seen = lost = report = torch.zeros(1, dtype=torch.int64)
 
 
 def compile_instead(launch):
@@ -79,6 +80,9 @@ def launch_all(dtype: torch.dtype, dim: int):
                 )  # fmt: skip
     slots = torch.zeros(LAYERS, 4, dtype=torch.int64)
     there = addresses([host] * LAYERS, "cpu")
+    residency = Residency(LAYERS, ALL_PAGES, KV_HEADS, 6, "cpu")
+    for ranking in (Ranking("importance", False, 1, 8), Ranking("recency", True, 1, 8)):
+        swap.swap_gpu(ranking, residency, torch.zeros(LAYERS, ALL_PAGES, KV_HEADS), step, 4)
     move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)

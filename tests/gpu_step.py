@@ -101,7 +101,7 @@ def test_steps_equal_the_cpus(name, selector):
     if DEVICE == "cuda":
         stores = [ours.host.blocks(layer) for layer in range(LAYERS)]
         doorbell = Doorbell(exchange, stores, SCALE, 2)
-        step = GpuStep(ours, rules, exchange, Asker(exchange, 10.0))
+        step = GpuStep(ours, rules, exchange, Asker(exchange, 10.0, LAYERS))
     else:
         step = GpuStep(ours, rules, exchange, None, Answers(ours, exchange))
     table, slots = table_of(pages), torch.arange(3)

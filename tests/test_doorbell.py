@@ -33,10 +33,10 @@ def fill(exchange: Exchange, batch: int):
     exchange.batch[0] = batch
 
 
-def ring(exchange: Exchange) -> int:
+def ring(exchange: Exchange, passed: int = 0) -> int:
     """Ask, as a GPU would: by a store. Returns the request's number once it is answered."""
     asked, answered = exchange.bell[0], exchange.bell[1]
-    number = int(asked[0]) + 1
+    number = int(asked[0]) + 1 + passed
     asked[0] = number
     deadline = time.monotonic() + SECONDS
     while int(answered[0]) != number:
@@ -58,6 +58,20 @@ def test_layers_answer_in_turn_with_the_bits_of_a_call():
             assert torch.equal(exchange.lse[:batch], lse)
             assert bool(exchange.out[batch:].isnan().all())  # rows that are not in use cost nothing
     doorbell.check()
+
+
+def test_requests_may_be_passed_over():
+    exchange, stores, doorbell = make()
+    for passed in (1, 0, 2, 5):
+        doorbell.expect(passed + 1)
+        fill(exchange, BATCH)
+        number = ring(exchange, passed)
+        out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 1)
+        assert torch.equal(exchange.out, out)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1  # nothing more is expected
 
 
 def test_a_failing_request_is_answered_and_named():

@@ -28,7 +28,7 @@ class Asking:
         self.tables.tail_len.random_(1, 65)
         self.stores = [torch.randn(ALL_PAGES * KV_HEADS, 2, 64, DIM).bfloat16() for _ in range(LAYERS)]
         self.doorbell = Doorbell(self.exchange, self.stores, DIM**-0.5, threads)
-        self.asker = Asker(self.exchange, seconds)
+        self.asker = Asker(self.exchange, seconds, LAYERS)
         self.visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(self.exchange.visit).values()))
         self.visited = torch.zeros_like(self.visit.count)
         self.split = SplitRoom(BATCH * KV_HEADS, GROUP, DIM, "cuda").split(BATCH * KV_HEADS)

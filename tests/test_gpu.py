@@ -4,6 +4,7 @@ One command: `make test-gpu`.
 """
 
 import pytest
+import requests
 import torch
 from pools import make_pool
 from serving import Server, random_prompts, rheo_server
@@ -88,11 +89,10 @@ def test_host_kernel_reads_pinned_memory():
 
 
 def test_an_exchange_does_not_wait_for_the_gpu():
-    pool, _ = make_pool(64 * 100, 64 * 20, "cuda", dtype=torch.float16, exchange_interval=1, window_tokens=64)
+    pool, _ = make_pool(64 * 100, 64 * 20, "cuda", dtype=torch.float16, exchange_interval=4, window_tokens=64)
     slots, lens = torch.arange(3, device="cuda"), torch.tensor([640, 1000, 1900], device="cuda")
     table = (torch.randperm(99, device="cuda")[: 3 * 30].view(3, -1, 1) + 1) * 64 + torch.arange(64, device="cuda")
     batch = Batch.build(table.flatten(1).int(), slots, lens, 1900, 1, 1)
-    pool.importance.uniform_()
     gone = batch.pages[0]
     torch.cuda.synchronize()
     for step in range(20):
@@ -106,7 +106,7 @@ def test_an_exchange_does_not_wait_for_the_gpu():
             torch.cuda.set_sync_debug_mode("default")
         if step % 3 == 0:
             torch.cuda.synchronize()
-    assert pool.coordinator.stats(0)["exchanges"] > 5
+    assert pool.coordinator.stats(0)["exchanges"] >= 3
     shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
     assert pool.residency.used == int(shares.sum()) * pool.head_num * pool.layer_num
 
@@ -152,12 +152,14 @@ def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints,
 
 
 def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):
-    """With no time to answer at all, already the steps before CUDA graphs are captured are lost."""
+    """With no time to answer at all, the first request with blocks in the host store only is the last."""
     args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512", *HALF]
     env = {"RHEOSERVE_TEST_ANSWER_SECONDS": "0"}
-    with pytest.raises(RuntimeError, match="the server exited with -?[1-9]"):
-        with rheo_server(checkpoints.path(), args, tmp_path, env):
-            pass
+    with rheo_server(checkpoints.path(), args, tmp_path, env) as server:
+        server.generate(random_prompts(1, [100]), 4)
+        with pytest.raises((requests.RequestException, AssertionError)):
+            server.generate(random_prompts(2, [3000]), 4)
+        assert server.process.wait(60) != 0
     assert "CPU attention did not answer in 0 s: layer " in (tmp_path / "log").read_text()
 
 

@@ -28,15 +28,15 @@ class SlowLane:
     """Blocks that move while other things happen: for a CPU, what the coordinator's lane is on a GPU."""
 
     def __init__(self, pool):
-        self.pool, self.moves, self.copied = pool, None, False
+        self.pool, self.moves, self.copied, self.more = pool, None, False, None
 
     @property
     def busy(self):
         return self.moves is not None
 
-    def start(self, moves):
+    def start(self, moves, more=None):
         assert not self.busy
-        self.moves, self.copied = moves, False
+        self.moves, self.copied, self.more = moves, False, more
 
     def copy(self):
         if self.busy and not self.copied:
@@ -47,6 +47,8 @@ class SlowLane:
         if self.busy and self.copied:
             self.pool.residency.admit(self.moves)
             self.moves = None
+            return bool(self.more)
+        return False
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -150,6 +152,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.lens[slot] += 1
         batch = self.batch()
         self.pool.coordinator.begin_decode(lambda: batch)
+        self.pool.coordinator.swap(batch)
         self.store(loc)
         for layer in range(LAYERS):
             scores = torch.randn(len(batch.pages), HEADS, batch.pages.shape[1], generator=self.random).to(self.device)

@@ -34,4 +34,6 @@ def test_kernels_compile_for_ampere_ada_and_hopper(capability):
         "_queries",
         "_keys",
         "_gather",
+        "_pair",
+        "_claim",
     } <= set(names)

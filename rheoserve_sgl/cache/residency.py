@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-FREE, RESERVED = -1, -2
+FREE, RESERVED = -1, -2  # in owner
+ON_ITS_WAY = -2  # in frame_of; as good as -1 to all but a swap
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,23 @@ class Moves:
     frame: torch.Tensor
     count: torch.Tensor
 
+    @classmethod
+    def make(cls, layers: int, slots: int, frames: int, device) -> "Moves":
+        """No moves yet, among so many frames."""
+        block = torch.zeros((layers, slots), dtype=torch.int64, device=device)
+        return cls(block, torch.full_like(block, frames), block.new_zeros(layers))
+
+    def add(self, layer: int, block: int, frame: int):
+        slot = int(self.count[layer])
+        self.block[layer, slot], self.frame[layer, slot] = block, frame
+        self.count[layer] += 1
+
 
 class Residency:
     """The two maps between blocks and frames, kept inverse to each other.
 
-    frame_of: `[layers, pages, kv_heads]` int32, the frame of a block, -1 when it is in the host store only.
+    frame_of: `[layers, pages, kv_heads]` int32, the frame of a block, negative when only the host store has it: -1, or
+        ON_ITS_WAY for one that a swap moves.
     owner: `[layers, frames]` int64, the block (`page * kv_heads + head`) in a frame, or FREE, or RESERVED for one that
         is on its way.
 
@@ -35,12 +48,12 @@ class Residency:
         self.frames = frames
         self.frame_of = torch.full((layers, pages, kv_heads), -1, dtype=torch.int32, device=device)
         # One column more, which takes what is written for no frame.
-        self._owner = torch.full((layers, frames + 1), FREE, dtype=torch.int64, device=device)
-        self._dropped = torch.zeros(pages, dtype=torch.bool, device=device)  # since the last `reserve`
+        self.owners = torch.full((layers, frames + 1), FREE, dtype=torch.int64, device=device)
+        self._dropped = torch.zeros(pages, dtype=torch.bool, device=device)  # since the last `begin`
 
     @property
     def owner(self) -> torch.Tensor:
-        return self._owner[:, : self.frames]
+        return self.owners[:, : self.frames]
 
     @property
     def used(self) -> int:
@@ -50,7 +63,7 @@ class Residency:
     def drop_pages(self, pages: torch.Tensor):
         """Free the frames of all blocks of these pages `[n]`, in every layer, also of those on their way."""
         held = self.frame_of[:, pages].flatten(1).long()
-        self._owner.scatter_(1, torch.where(held < 0, self.frames, held), FREE)
+        self.owners.scatter_(1, torch.where(held < 0, self.frames, held), FREE)
         # (Assigning a number by an index would wait for the GPU.)
         self.frame_of.index_fill_(1, pages, -1)
         self._dropped.index_fill_(0, pages, True)
@@ -74,20 +87,24 @@ class Residency:
         used = torch.arange(most, device=count.device) < count[:, None]
         block = torch.where(used, first_places(arriving, most), 0)
         frame = torch.where(used, first_places(free, most), self.frames)
-        self._owner.scatter_(1, frame, RESERVED)
-        self._dropped.fill_(False)
+        self.owners.scatter_(1, frame, RESERVED)
+        self.begin()
         return Moves(block, frame, count)
+
+    def begin(self):
+        """Moves are about to be made; pages that are dropped from now on are not admitted."""
+        self._dropped.fill_(False)
 
     def admit(self, moves: Moves):
         """The blocks are in their frames now; those whose pages were dropped meanwhile give them back."""
         arrived = (moves.frame < self.frames) & ~self._dropped[moves.block // self.kv_heads]
-        self._owner.scatter_(1, moves.frame, torch.where(arrived, moves.block, FREE))
+        self.owners.scatter_(1, moves.frame, torch.where(arrived, moves.block, FREE))
         block, frame = torch.where(arrived, moves.block, 0), torch.where(arrived, moves.frame, -1)
         self.frame_of.flatten(1).scatter_(1, block, frame.to(torch.int32))
 
     def clear(self):
         self.frame_of.fill_(-1)
-        self._owner.fill_(FREE)
+        self.owners.fill_(FREE)
         self._dropped.fill_(True)
 
 

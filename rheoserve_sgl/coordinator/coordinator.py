@@ -14,13 +14,15 @@ from rheoserve_sgl import PAGE_TOKENS, environ
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.exchange import EXCHANGE_BYTES, equal_shares, rank_blocks, wanted_blocks
 from rheoserve_sgl.coordinator.lane import Lane
+from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.ops.plan import Plan
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 
-# The recorder's past fades by this at each step: a block that stops mattering halves its importance in about
-# 22 steps, a little more than one default exchange interval.
-DECAY = 0.97
+# The recorder's past fades by this at each step, so that it halves in about 7. Replayed traces of the bundled model hit
+# most with 0.8 to 0.9 (docs/LOG.md).
+DECAY = 0.9
+MOST_SWAPS = 32  # of a layer, request and head, at once
 MOST_WEIGHT = 1e6
 
 
@@ -33,6 +35,7 @@ class Coordinator:
     def __init__(self, pool: TwoTierKVPool):
         self.pool = pool
         self.config = pool.config
+        self._ranking = Ranking.of(pool.config)
         self._freed: list[torch.Tensor] = []
         self._visited: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._steps = 0
@@ -94,11 +97,26 @@ class Coordinator:
         self.counts["decode_steps"] += 1
         self._fade()
         if self.lane is not None:
-            self.lane.finish()
+            self._due |= self.lane.finish()
         self._due |= self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
             self._exchange(make_batch())
+
+    def swap(self, tables):
+        """Let blocks that matter more now take others' frames, beside the step; call after `begin_decode` on a GPU.
+
+        Args:
+            tables: the step's page table, without padding
+        """
+        if self.lane is None or self.lane.busy or self._random is not None:
+            return
+        pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
+        most = min(max(self._most // pairs, 1), MOST_SWAPS)
+        newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most)
+        pool.fill(newest)  # the step writes to these pages: they move in its order, before it
+        pool.residency.admit(newest)
+        self.lane.start(others)
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor):
         """Add gate scores `[batch, kv_heads, max_pages]` to a layer's importance."""
@@ -125,15 +143,14 @@ class Coordinator:
 
     def _exchange(self, batch: Batch):
         pool = self.pool
-        mode = self.config.mode
         worth = rank_blocks(
             pool.importance,
             pool.residency.frame_of >= 0,
             batch.pages,
             batch.valid,
             batch.forced,
-            ranks_by="importance" if mode == "balanced" else "recency",
-            forced_only=mode in ("window", "retrieval"),
+            ranks_by=self._ranking.ranks_by,
+            forced_only=self._ranking.forced_only,
         )
         if self._random is not None:
             worth = self._shuffle(worth)
@@ -147,7 +164,9 @@ class Coordinator:
         newest = torch.zeros(pool.host.pages, dtype=torch.bool, device=batch.newest.device)
         newest.index_fill_(0, batch.newest, True)
         pool.load(arriving & newest[:, None], len(batch.newest) * pool.head_num)
-        self.lane.start(pool.residency.reserve(arriving & ~newest[:, None], self._most))
+        others = arriving & ~newest[:, None]
+        more = (others.flatten(1).sum(1) > self._most).any()
+        self.lane.start(pool.residency.reserve(others, self._most), more)
 
     def _shuffle(self, worth: torch.Tensor) -> torch.Tensor:
         """A random order, with a random half of the blocks shut out."""

@@ -18,22 +18,32 @@ class Lane:
         self._stream = torch.cuda.Stream()
         self._done = torch.cuda.Event()
         self._moves: Moves | None = None
+        self._more = torch.zeros((), dtype=torch.bool, pin_memory=True)
 
     @property
     def busy(self) -> bool:
         return self._moves is not None
 
-    def start(self, moves: Moves):
-        """Begin to copy into reserved frames."""
+    def start(self, moves: Moves, more: torch.Tensor | None = None):
+        """Begin to copy into reserved frames.
+
+        Args:
+            more: bool on the device, whether other blocks wait for their turn
+        """
         self._moves = moves  # also keeps them alive while the stream reads them
+        self._more.fill_(False)
+        if more is not None:
+            self._more.copy_(more, non_blocking=True)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._pool.fill(moves, beside=True)
         self._done.record(self._stream)
 
-    def finish(self):
-        """Admit what was copied, if all of it was; does not wait."""
-        if self._moves is not None and self._done.query():
-            torch.cuda.current_stream().wait_event(self._done)
-            self._pool.residency.admit(self._moves)
-            self._moves = None
+    def finish(self) -> bool:
+        """Admit what was copied, if all of it was; does not wait. Returns whether other blocks wait for their turn."""
+        if self._moves is None or not self._done.query():
+            return False
+        torch.cuda.current_stream().wait_event(self._done)
+        self._pool.residency.admit(self._moves)
+        self._moves = None
+        return bool(self._more)

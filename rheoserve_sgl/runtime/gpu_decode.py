@@ -36,7 +36,7 @@ class GpuDecode:
         stores = [pool.host.blocks(index) for index in range(self.layers)]
         self.doorbell = Doorbell(exchange, stores, scale, pool.threads, cpus)
         self.seconds = environ.answer_seconds(ANSWER_SECONDS)
-        self.asker = Asker(exchange, self.seconds)
+        self.asker = Asker(exchange, self.seconds, self.layers)
         self.step = GpuStep(pool, rules, exchange, self.asker)
         self.coordinator.gpu_totals = self.step.totals
 

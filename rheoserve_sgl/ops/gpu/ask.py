@@ -56,21 +56,23 @@ class Asker:
     Args:
         exchange: in pinned memory
         seconds: how long to wait for an answer
+        layers: questions of a step
 
     counter: `[1]` int64, number of the last question
-    arrived: `[1]` int32, programs of a plan that have ended
+    arrived: `[1]` int64, programs of a plan that have ended; above 32 bits, those that ask
+    rung: `[1]` int64, the last question's number, 0 if it asks nothing
     seen: `[1]` int64, number of the last question that was waited for
     lost: `[1]` int64, number of the first question that was not answered in time; 0: none
     report: the same in pinned memory
     """
 
-    def __init__(self, exchange: Exchange, seconds: float):
+    def __init__(self, exchange: Exchange, seconds: float, layers: int):
         if not exchange.bell.is_pinned():
             raise ValueError("the exchange is not in pinned memory")
         self.asked, self.answered = exchange.bell[0], exchange.bell[1]
-        self.limit = int(seconds * 1e9)
+        self.limit, self.layers = int(seconds * 1e9), layers
         self.counter = exchange.bell[1, :1].clone().cuda()  # on from the last answer
-        self.arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self.arrived, self.rung = torch.zeros((2, 1), dtype=torch.int64, device="cuda")
         self.seen = self.counter.clone()
         self.lost = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.report = torch.zeros(1, dtype=torch.int64, pin_memory=True)

@@ -93,7 +93,7 @@ def _wait(counter, seen, late, report, answered, limit):
 @triton.jit
 def _merge(
     counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
-    counter, seen, late, report, answered, limit,
+    counter, rung, seen, late, report, answered, limit,
     WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -102,7 +102,8 @@ def _merge(
     if WAIT:
         # One program looks over PCIe, the first to start; all others, where the CPU visited, look at it.
         if pair + head == 0:
-            _wait(counter, seen, late, report, answered, limit)
+            if tl.load(rung) > 0:
+                _wait(counter, seen, late, report, answered, limit)
         elif tl.load(host_counts + pair) > 0:
             number = tl.load(counter)
             while load_acquire_own(seen.to(tl.int64)) != number:
@@ -189,9 +190,9 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
     if asker:
-        bell = (asker.counter, asker.seen, asker.lost, asker.report, asker.answered, asker.limit)
+        bell = (asker.counter, asker.rung, asker.seen, asker.lost, asker.report, asker.answered, asker.limit)
     else:
-        bell = (count, count, count, count, count, 0)
+        bell = (*[count] * 6, 0)
     _merge[(batch * kv_heads, group)](
         visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
         WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,

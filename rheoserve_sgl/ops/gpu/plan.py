@@ -1,7 +1,7 @@
 """Scores, selection, recorder and both lists of a decode step, one program for each (request, KV head).
 
 The same selection as `rheoserve_sgl.ops.plan.plan_torch`. The visit list and the query go to pinned memory; the
-program that ends last rings the CPU's bell.
+program that ends last rings the CPU's bell, if there is anything to visit.
 """
 
 import triton
@@ -62,10 +62,30 @@ def _best(key, open_, room):
 
 
 @triton.jit
+def _ring(counter, arrived, rung, bell, layers, asks, says):
+    """Count a program as ended; the last one numbers the question, and rings if any program asks, or a step ends."""
+    tl.debug_barrier()  # all of this program's threads have written
+    ended = 1 + (asks.to(tl.int64) << 32)
+    if says:
+        before = tl.atomic_add(arrived, ended, sem="acq_rel", scope="sys")
+    else:
+        before = tl.atomic_add(arrived, ended, sem="relaxed")
+    if (before & 0x7FFFFFFF) == tl.num_programs(0) - 1:
+        tl.store(arrived, 0)
+        # An atomic gives all threads one number; loading and storing it would not.
+        number = tl.atomic_add(counter, 1, sem="relaxed") + 1
+        asked = ((before + ended) >> 32) > 0
+        tl.store(rung, tl.where(asked, number, 0))
+        if asked | (number % layers == 0):
+            tl.atomic_add(arrived, 0, sem="acq_rel", scope="sys")  # what the other programs wrote
+            store_release(bell.to(tl.int64), number)
+
+
+@triton.jit
 def _plan(
     logits, tile_max, tile_sum, pages, n_pages, tail_len, frame_of, importance, weight, budgets, q, q_out,
-    frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, counter, arrived, bell,
-    kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
+    frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals,
+    counter, arrived, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr,
     TOKENS: tl.constexpr, RING: tl.constexpr,
@@ -74,6 +94,7 @@ def _plan(
     row = pair // kv_heads
     head = pair % kv_heads
     count = tl.load(n_pages + row)
+    said = tl.load(visited + pair)  # here, many barriers before it is written
     at = tl.arange(0, NP)
     valid = at < count
     forced = valid & ((at < sink) | (at >= count - 1 - window))
@@ -110,10 +131,12 @@ def _plan(
     place = tl.cumsum(outside.to(tl.int32), 0) - 1
     tl.store(visits + list_at + place, block.to(tl.int32), mask=outside)
     on_host = tl.sum(outside.to(tl.int32), 0)
-    tl.store(visit_count + pair, on_host)
+    # What is written to pinned memory must arrive before the bell rings, which takes time: none where none was.
+    says = (on_host > 0) | (said > 0)
+    tl.store(visit_count + pair, on_host, mask=says)
     tl.store(visited + pair, on_host)
     has_tail = tl.sum((outside & (at == count - 1)).to(tl.int32), 0) > 0
-    tl.store(visit_last + pair, tl.where(has_tail, tail, TOKENS))
+    tl.store(visit_last + pair, tl.where(has_tail, tail, TOKENS), mask=says)
     tl.atomic_add(totals, on_device.to(tl.int64), sem="relaxed")
     tl.atomic_add(totals + 1, on_host.to(tl.int64), sem="relaxed")
     if on_host > 0:
@@ -123,11 +146,7 @@ def _plan(
         where = (pair * q_heads + query)[:, None] * DIM + dim[None, :]
         tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0).to(tl.float32), mask=used)
     if RING:
-        tl.debug_barrier()  # the question is whole when all of this program's threads have written
-        if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1:
-            tl.store(arrived, 0)
-            # An atomic gives all threads one number; loading and storing it would not.
-            store_release(bell.to(tl.int64), tl.atomic_add(counter, 1, sem="relaxed") + 1)
+        _ring(counter, arrived, rung, bell, layers, on_host > 0, says)
 
 
 def plan_gpu(
@@ -146,9 +165,11 @@ def plan_gpu(
         budgets: `[batch]` int32, pages that a KV head may select
         exchange: Exchange, pinned: gets the visit lists, and the queries of those with any
         device: Visit, gets the resident lists
-        visited: `[batch, kv_heads]` int32 on the device, gets the lengths of the visit lists
+        visited: `[batch, kv_heads]` int32 on the device, gets the lengths of the visit lists; holds what the exchange's
+            lists have had since the last call
         totals: `[2]` int64, gets the blocks listed for the device and for the CPU
-        asker: Asker; None: the CPU is not asked
+        asker: Asker; None: the CPU is not asked. Every call is a question with a number; those of nothing are passed
+            over, but for a step's last, with which the CPU may go to sleep
     """
     batch, kv_heads, group, dim = q.shape
     max_pages = tables.pages.shape[1]
@@ -157,7 +178,7 @@ def plan_gpu(
     record = scratch is not None
     logits, tile_max, tile_sum = (scratch.logits, scratch.tile_max, scratch.tile_sum) if record else (q, q, q)
     heads = logits.shape[2] if record else 1
-    bell = (asker.counter, asker.arrived, asker.asked) if asker else (totals, totals, totals)
+    bell = (asker.counter, asker.arrived, asker.rung, asker.asked, asker.layers) if asker else (*[totals] * 4, 1)
     _plan[(batch * kv_heads,)](
         logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, frame_of, importance, weight,
         budgets, q, exchange.q, device.blocks, device.count, device.last_len,

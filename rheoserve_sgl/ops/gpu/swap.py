@@ -1,0 +1,116 @@
+"""Which blocks swap, for all layers at once: one program for each layer, request and KV head.
+
+The same swaps as `rheoserve_sgl.coordinator.swap.swap_torch`. Requests that share pages may choose the same block:
+a second kernel lets the first win.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED, Moves
+from rheoserve_sgl.coordinator.exchange import HYSTERESIS
+from rheoserve_sgl.ops.gpu.plan import _best, _ordered
+
+LARGEST = float(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def _pair(
+    importance, frame_of, pages, n_pages, arrivals, victims, frames, counts, tails,
+    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, LARGEST: tl.constexpr,
+    RECENT: tl.constexpr, FORCED_ONLY: tl.constexpr, SLOTS: tl.constexpr, NP: tl.constexpr,
+):  # fmt: skip
+    layer, pair = tl.program_id(0), tl.program_id(1)
+    row, head = pair // kv_heads, pair % kv_heads
+    out = layer * tl.num_programs(1) + pair
+    count = tl.load(n_pages + row)
+    at = tl.arange(0, NP)
+    valid = at < count
+    page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
+    block = page * kv_heads + head
+    base = layer.to(tl.int64) * layer_blocks
+    frame = tl.load(frame_of + base + block, mask=valid, other=-1)
+    resident = valid & (frame >= 0)
+    room = tl.sum(resident.to(tl.int32), 0)
+    swaps = 0
+    tail = 0
+    if room > 0:
+        forced = valid & ((at < sink) | (at >= count - 1 - window))
+        if RECENT:
+            worth = at.to(tl.float32)
+        else:
+            worth = tl.load(importance + base + block, mask=valid, other=0.0)
+            worth = tl.where(resident, worth * hysteresis, worth)
+        worth = tl.where(forced, LARGEST, worth)
+        open_ = forced if FORCED_ONLY else valid
+        wanted = _best(_ordered(worth), open_, room)
+        arriving, leaving = wanted & (resident == 0), resident & (wanted == 0)
+        coming, going = tl.sum(arriving.to(tl.int32), 0), tl.sum(leaving.to(tl.int32), 0)
+        swaps = tl.minimum(tl.minimum(coming, going), most)
+        place = coming - tl.cumsum(arriving.to(tl.int32), 0)  # newer pages first
+        tl.store(arrivals + out * SLOTS + place, block, mask=arriving & (place < swaps))
+        tail = (tl.sum((arriving & (at == count - 1)).to(tl.int32), 0) > 0).to(tl.int32)
+        place = tl.cumsum(leaving.to(tl.int32), 0) - 1
+        tl.store(victims + out * SLOTS + place, block, mask=leaving & (place < swaps))
+        tl.store(frames + out * SLOTS + place, frame.to(tl.int64), mask=leaving & (place < swaps))
+    tl.store(counts + out, swaps)
+    tl.store(tails + out, tail)
+
+
+@triton.jit
+def _claim(
+    frame_of, owner, arrivals, victims, frames, counts, tails,
+    tail_blocks, tail_frames, tail_counts, blocks, targets, totals, layer_blocks, layer_frames,
+    ON_ITS_WAY: tl.constexpr, RESERVED: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    layer, pair = tl.program_id(0), tl.program_id(1)
+    pairs = tl.num_programs(1)
+    own = layer * pairs + pair
+    slot = tl.arange(0, SLOTS)
+    used = slot < tl.load(counts + own)
+    new = tl.load(arrivals + own * SLOTS + slot, mask=used, other=0)
+    old = tl.load(victims + own * SLOTS + slot, mask=used, other=0)
+    frame = tl.load(frames + own * SLOTS + slot, mask=used, other=0)
+    where = frame_of + layer.to(tl.int64) * layer_blocks
+    whose = owner + layer.to(tl.int64) * layer_frames
+    got_block = used & (tl.atomic_min(where + new, ON_ITS_WAY, mask=used, sem="relaxed") == -1)
+    got_frame = got_block & (tl.atomic_min(whose + frame, RESERVED, mask=got_block, sem="relaxed") == old)
+    tl.store(where + new, -1, mask=got_block & (got_frame == 0))
+    tl.store(where + old, -1, mask=got_frame)
+    newest = got_frame & (slot == 0) & (tl.load(tails + own) > 0)
+    other = got_frame & (newest == 0)
+    # Each list is filled from its start on, in whatever order the programs come.
+    first = tl.atomic_add(tail_counts + layer, tl.sum(newest.to(tl.int64), 0), sem="relaxed")
+    at = layer * pairs + first + slot
+    tl.store(tail_blocks + at, new, mask=newest)
+    tl.store(tail_frames + at, frame, mask=newest)
+    first = tl.atomic_add(totals + layer, tl.sum(other.to(tl.int64), 0), sem="relaxed")
+    at = layer * pairs * SLOTS + first + tl.cumsum(other.to(tl.int32), 0) - 1
+    tl.store(blocks + at, new, mask=other)
+    tl.store(targets + at, frame, mask=other)
+
+
+def swap_gpu(ranking, residency, importance, tables, most: int) -> tuple[Moves, Moves]:
+    """See `rheoserve_sgl.coordinator.swap.swap_blocks`."""
+    layers, all_pages, kv_heads = importance.shape
+    batch, max_pages = tables.pages.shape
+    pairs, slots, device = batch * kv_heads, triton.next_power_of_2(most), importance.device
+    arrivals, victims, frames = torch.empty((3, layers, pairs, slots), dtype=torch.int64, device=device)
+    counts, tails = torch.empty((2, layers, pairs), dtype=torch.int32, device=device)
+    newest = Moves.make(layers, pairs, residency.frames, device)
+    others = Moves.make(layers, pairs * slots, residency.frames, device)
+    found = arrivals, victims, frames, counts, tails
+    width = max(triton.next_power_of_2(max_pages), 16)
+    _pair[(layers, pairs)](
+        importance, residency.frame_of, tables.pages, tables.n_pages, *found,
+        all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,
+        LARGEST=LARGEST, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
+        SLOTS=slots, NP=width, num_warps=min(max(width // 128, 4), 16),
+    )  # fmt: skip
+    _claim[(layers, pairs)](
+        residency.frame_of, residency.owners, *found, newest.block, newest.frame, newest.count,
+        others.block, others.frame, others.count, all_pages * kv_heads, residency.frames + 1,
+        ON_ITS_WAY=ON_ITS_WAY, RESERVED=RESERVED, SLOTS=slots, num_warps=1,
+    )  # fmt: skip
+    return newest, others
