@@ -4,8 +4,8 @@ memory for KV.
 Real servers, one after another; weights are random (`--load-format dummy`), and so are the prompts. RheoServe's
 selection is synthetic, of a given churn a step (synthetic_server.py); `quest` scores with the random weights instead.
 Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long
-and a short generation after the same cached prompts, so that start-up, prefill and HTTP cancel out. The last line is
-JSON.
+and a short generation after the same cached prompts, so that prefill and HTTP cancel out, and with `--warm` the first
+tokens too, while RheoServe's frames fill: `warm_ms` tells what a step costs then. The last line is JSON.
 """
 
 import argparse
@@ -40,7 +40,6 @@ QWEN3_8B = {
     "eos_token_id": 151645,
 }
 TOKEN_BYTES = 2 * 36 * 8 * 128 * 2
-SHORT = 8  # tokens of the generation that is subtracted
 SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
 
 
@@ -48,7 +47,7 @@ def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
     """Flags and program of each system that was asked for."""
     tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
     own = ["--page-size", "64", "--max-total-tokens", str(tokens)]
-    host_gb = 1.05 * args.requests * (args.context + 2 * args.steps) * TOKEN_BYTES / 1e9
+    host_gb = 1.05 * args.requests * (args.context + 2 * (args.warm + args.steps)) * TOKEN_BYTES / 1e9
     rheo = ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
     rheo += [
         "--rheoserve-host-size",
@@ -70,24 +69,29 @@ def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
     return {name: every[name] for name in names}
 
 
-def measure(server: Server, prompts: list[list[int]], steps: int, repeats: int) -> dict:
+def measure(server: Server, prompts: list[list[int]], args) -> dict:
     """Tokens/s of all requests together, after their prompts are cached."""
     began = time.perf_counter()
     for prompt in prompts:
         server.tokens([prompt], 1)
     prefill = time.perf_counter() - began
-    server.tokens(prompts, SHORT)
-    rates = []
-    for _ in range(repeats):
+
+    def seconds(tokens: int) -> float:
         start = time.perf_counter()
-        server.tokens(prompts, SHORT)
-        between = time.perf_counter()
-        server.tokens(prompts, SHORT + steps)
-        rates.append(len(prompts) * steps / (time.perf_counter() - between - (between - start)))
+        server.tokens(prompts, tokens)
+        return time.perf_counter() - start
+
+    seconds(args.warm)
+    rates, firsts = [], []
+    for _ in range(args.repeats):
+        nothing, warm, whole = (seconds(tokens) for tokens in (1, args.warm, args.warm + args.steps))
+        rates.append(len(prompts) * args.steps / (whole - warm))
+        firsts.append(1000 * (warm - nothing) / (args.warm - 1))
     return {
         "requests": len(prompts),
         "tokens_per_second": round(statistics.median(rates), 1),
         "step_ms": round(1000 * len(prompts) / statistics.median(rates), 2),
+        "warm_ms": round(statistics.median(firsts), 2),
         "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill),
     }
 
@@ -96,7 +100,7 @@ def holds(name: str, args) -> int:
     """Requests that a system can decode at once."""
     tokens = args.device_gb * 1e9 / TOKEN_BYTES
     if name in ("sglang", "hicache"):
-        return max(min(int(tokens // (args.context + 2 * args.steps)), args.requests), 1)
+        return max(min(int(tokens // (args.context + 2 * (args.warm + args.steps))), args.requests), 1)
     return args.requests
 
 
@@ -105,7 +109,12 @@ def run(name: str, args, folder: Path) -> list[dict]:
     flags = [
         *flags,
         *("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"),
-        *("--context-length", str(args.context + 4 * args.steps), "--cuda-graph-max-bs", str(args.requests)),
+        *(
+            "--context-length",
+            str(args.context + 4 * (args.warm + args.steps)),
+            "--cuda-graph-max-bs",
+            str(args.requests),
+        ),
         *("--mem-fraction-static", "0.85", "--sampling-backend", "pytorch"),
     ]
     prompts = random_prompts(0, [args.context] * holds(name, args))
@@ -114,7 +123,7 @@ def run(name: str, args, folder: Path) -> list[dict]:
         before = server.rheo() if "rheoserve" in flags else None
         for count in sorted({1, len(prompts)}, reverse=True):
             row = {"system": name, "context": args.context, "device_gb": args.device_gb}
-            row |= measure(server, prompts[:count], args.steps, args.repeats)
+            row |= measure(server, prompts[:count], args)
             if before is not None:
                 after = server.rheo()
                 device, host = (after[key] - before[key] for key in ("device_blocks", "host_blocks"))
@@ -139,6 +148,7 @@ def main():
     parser.add_argument("--requests", type=int, default=8, help="at once, where they fit")
     parser.add_argument("--churn", type=float, nargs="+", default=[0.05], help="of the selection, a step")
     parser.add_argument("--budget", type=int, default=4096, help="tokens selected per KV head")
+    parser.add_argument("--warm", type=int, default=64, help="tokens before those that are timed, at least 2")
     parser.add_argument("--steps", type=int, default=128, help="decode steps timed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")

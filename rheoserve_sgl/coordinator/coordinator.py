@@ -12,7 +12,14 @@ import torch
 
 from rheoserve_sgl import PAGE_TOKENS, environ
 from rheoserve_sgl.cache.pool import TwoTierKVPool
-from rheoserve_sgl.coordinator.exchange import EXCHANGE_BYTES, equal_shares, rank_blocks, wanted_blocks
+from rheoserve_sgl.coordinator.exchange import (
+    BEFORE_BYTES,
+    BESIDE_BYTES,
+    SWAP_BYTES,
+    equal_shares,
+    rank_blocks,
+    wanted_blocks,
+)
 from rheoserve_sgl.coordinator.lane import Lane
 from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.ops.plan import Plan
@@ -22,7 +29,6 @@ from rheoserve_sgl.runtime.batch import Batch
 # The recorder's past fades by this at each step, so that it halves in about 7. Replayed traces of the bundled model hit
 # most with 0.8 to 0.9 (docs/LOG.md).
 DECAY = 0.9
-MOST_SWAPS = 32  # of a layer, request and head, at once
 MOST_WEIGHT = 1e6
 
 
@@ -48,8 +54,7 @@ class Coordinator:
         seed = environ.random_exchange_seed()
         self.gpu_totals: torch.Tensor | None = None  # blocks attended in each tier, where a GPU counts them
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
-        per_layer = EXCHANGE_BYTES // max(pool.layer_num * pool.block_bytes, 1)
-        self._most = max(per_layer, 1)
+        self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
         self.counts = dict.fromkeys(("decode_steps", "exchanges", "device_blocks", "host_blocks"), 0)
 
     def page_freed(self, pages: torch.Tensor):
@@ -112,7 +117,7 @@ class Coordinator:
         if self.lane is None or self.lane.busy or self._random is not None:
             return
         pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
-        most = min(max(self._most // pairs, 1), MOST_SWAPS)
+        most = max(self._blocks(SWAP_BYTES) // pairs, 1)
         newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most)
         pool.fill(newest)  # the step writes to these pages: they move in its order, before it
         pool.residency.admit(newest)
@@ -167,6 +172,10 @@ class Coordinator:
         others = arriving & ~newest[:, None]
         more = (others.flatten(1).sum(1) > self._most).any()
         self.lane.start(pool.residency.reserve(others, self._most), more)
+
+    def _blocks(self, amount: int) -> int:
+        """Blocks of each layer in so many bytes of all."""
+        return max(amount // (self.pool.layer_num * self.pool.block_bytes), 1)
 
     def _shuffle(self, worth: torch.Tensor) -> torch.Tensor:
         """A random order, with a random half of the blocks shut out."""

@@ -5,9 +5,9 @@ import torch
 # A resident block is worth this much more than its importance, so that near-equal blocks do not
 # take turns in a frame.
 HYSTERESIS = 1.25
-# At most this much is copied by one exchange, over all layers; the rest follows with the next. Over PCIe that is about
-# 10 ms, as long as a step or two.
-EXCHANGE_BYTES = 512 << 20
+# At most this much is copied at once, over all layers; the rest follows with the next exchange: before a step, beside
+# steps (40 ms over PCIe), and by a step's swaps.
+BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
 
 
 def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ class GpuDecode:
         self.asker = Asker(exchange, self.seconds, self.layers)
         self.step = GpuStep(pool, rules, exchange, self.asker)
         self.coordinator.gpu_totals = self.step.totals
+        self.coordinator.swap(self.step.tables.rows(1))  # of no request: compiles what runs outside CUDA graphs
 
     def begin(self, req_to_token, slots, lens, rows: int, batch: int, limits: torch.Tensor):
         """Before a step of `rows` requests, padded to `batch`. Raises RuntimeError if an earlier step was lost.

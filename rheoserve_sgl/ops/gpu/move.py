@@ -8,7 +8,7 @@ BESIDE = 24  # programs that fill the bus and leave the multiprocessors to other
 ALONE = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _fill(hosts, frames, blocks, targets, counts, layers, most, SIZE: tl.constexpr, WORDS: tl.constexpr):
     at = tl.arange(0, WORDS)
     pieces = (SIZE + WORDS - 1) // WORDS

@@ -11,7 +11,7 @@ from rheoserve_sgl import PAGE_TOKENS
 PAGES = 256  # of one request to a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _snapshot(
     table, table_stride, slots, lens, rows, pages, n_pages, tail_len, newest, requests, max_pages,
     PAGES: tl.constexpr, TOKENS: tl.constexpr,

@@ -12,10 +12,11 @@ from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED, Moves
 from rheoserve_sgl.coordinator.exchange import HYSTERESIS
 from rheoserve_sgl.ops.gpu.plan import _best, _ordered
 
+SLOTS = 32  # swaps of a layer, request and head, at most
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _pair(
     importance, frame_of, pages, n_pages, arrivals, victims, frames, counts, tails,
     layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, LARGEST: tl.constexpr,
@@ -58,11 +59,11 @@ def _pair(
     tl.store(tails + out, tail)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _claim(
     frame_of, owner, arrivals, victims, frames, counts, tails,
     tail_blocks, tail_frames, tail_counts, blocks, targets, totals, layer_blocks, layer_frames,
-    ON_ITS_WAY: tl.constexpr, RESERVED: tl.constexpr, SLOTS: tl.constexpr,
+    most, ON_ITS_WAY: tl.constexpr, RESERVED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     layer, pair = tl.program_id(0), tl.program_id(1)
     pairs = tl.num_programs(1)
@@ -86,7 +87,7 @@ def _claim(
     tl.store(tail_blocks + at, new, mask=newest)
     tl.store(tail_frames + at, frame, mask=newest)
     first = tl.atomic_add(totals + layer, tl.sum(other.to(tl.int64), 0), sem="relaxed")
-    at = layer * pairs * SLOTS + first + tl.cumsum(other.to(tl.int32), 0) - 1
+    at = layer * pairs * most + first + tl.cumsum(other.to(tl.int32), 0) - 1
     tl.store(blocks + at, new, mask=other)
     tl.store(targets + at, frame, mask=other)
 
@@ -95,22 +96,22 @@ def swap_gpu(ranking, residency, importance, tables, most: int) -> tuple[Moves, 
     """See `rheoserve_sgl.coordinator.swap.swap_blocks`."""
     layers, all_pages, kv_heads = importance.shape
     batch, max_pages = tables.pages.shape
-    pairs, slots, device = batch * kv_heads, triton.next_power_of_2(most), importance.device
-    arrivals, victims, frames = torch.empty((3, layers, pairs, slots), dtype=torch.int64, device=device)
+    pairs, most, device = batch * kv_heads, min(most, SLOTS), importance.device
+    arrivals, victims, frames = torch.empty((3, layers, pairs, SLOTS), dtype=torch.int64, device=device)
     counts, tails = torch.empty((2, layers, pairs), dtype=torch.int32, device=device)
     newest = Moves.make(layers, pairs, residency.frames, device)
-    others = Moves.make(layers, pairs * slots, residency.frames, device)
+    others = Moves.make(layers, pairs * most, residency.frames, device)
     found = arrivals, victims, frames, counts, tails
     width = max(triton.next_power_of_2(max_pages), 16)
     _pair[(layers, pairs)](
         importance, residency.frame_of, tables.pages, tables.n_pages, *found,
         all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,
         LARGEST=LARGEST, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
-        SLOTS=slots, NP=width, num_warps=min(max(width // 128, 4), 16),
+        SLOTS=SLOTS, NP=width, num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
     _claim[(layers, pairs)](
         residency.frame_of, residency.owners, *found, newest.block, newest.frame, newest.count,
-        others.block, others.frame, others.count, all_pages * kv_heads, residency.frames + 1,
-        ON_ITS_WAY=ON_ITS_WAY, RESERVED=RESERVED, SLOTS=slots, num_warps=1,
+        others.block, others.frame, others.count, all_pages * kv_heads, residency.frames + 1, most,
+        ON_ITS_WAY=ON_ITS_WAY, RESERVED=RESERVED, SLOTS=SLOTS, num_warps=1,
     )  # fmt: skip
     return newest, others
