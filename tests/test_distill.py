@@ -9,7 +9,7 @@ import torch
 from rheoserve_sgl.gate import distill
 from rheoserve_sgl.gate.checkpoint import ModelShape, read_gate
 from rheoserve_sgl.gate.sequences import load_sequences
-from rheoserve_sgl.gate.target import block_targets, gate_loss
+from rheoserve_sgl.gate.target import block_targets, earlier_blocks, far_blocks, gate_loss
 
 
 def test_targets_are_the_block_maxima_of_the_attention():
@@ -17,7 +17,8 @@ def test_targets_are_the_block_maxima_of_the_attention():
     tokens, block, kv_heads, group, dim = 96, 16, 2, 3, 8
     q, k = torch.randn(4, kv_heads, group, dim), torch.randn(tokens, kv_heads, dim)
     positions = torch.tensor([3, 17, 40, 95])
-    got = block_targets(q, k, positions, dim**-0.5, block)
+    got, total = block_targets(q, k, positions, dim**-0.5, block, earlier_blocks(positions, 6, block))
+    far, _ = block_targets(q, k, positions, dim**-0.5, block, far_blocks(positions, 6, block, 2 * block))
     for n, position in enumerate(positions.tolist()):
         for head in range(kv_heads):
             logits = (q[n, head].double() @ k[: position + 1, head].double().T) * dim**-0.5
@@ -26,17 +27,24 @@ def test_targets_are_the_block_maxima_of_the_attention():
             expected = np.array(earlier) / (sum(earlier) or 1)
             np.testing.assert_allclose(got[n, head, : len(earlier)], expected, rtol=1e-4)
             assert not got[n, head, len(earlier) :].any()
+            assert total[n, head].item() == pytest.approx(min(sum(earlier), 1), rel=1e-4)
+            beyond = np.array(earlier)[1 : max(position // block - 2, 1)]
+            np.testing.assert_allclose(far[n, head, 1 : 1 + len(beyond)], beyond / (sum(beyond) or 1), rtol=1e-4)
+            assert not far[n, head, 0].any() and not far[n, head, 1 + len(beyond) :].any()
 
 
 def test_the_loss_is_zero_for_a_gate_that_says_the_target():
     targets = torch.softmax(torch.randn(3, 2, 5), -1)
     targets[:, :, 4] = 0
     targets /= targets.sum(-1, keepdim=True)
-    positions = torch.full((3,), 4 * 64 + 1)
+    seen = earlier_blocks(torch.full((3,), 4 * 64 + 1), 5, 64)
     keys = torch.eye(5)[:, None].expand(-1, 2, -1)
     queries = targets.clamp(min=1e-30).log() * 5**0.5
-    assert gate_loss(queries, keys, targets, positions, 64).item() == pytest.approx(0, abs=1e-5)
-    assert gate_loss(torch.zeros(3, 2, 5), keys, targets, positions, 64).item() > 0.1
+    assert gate_loss(queries, keys, targets, seen).item() == pytest.approx(0, abs=1e-5)
+    wrong = torch.cat((queries[:2], torch.zeros(1, 2, 5)))
+    assert gate_loss(wrong, keys, targets, seen).item() > 0.03
+    weights = torch.tensor([1.0, 1.0, 0.0])[:, None].expand(-1, 2)
+    assert gate_loss(wrong, keys, targets, seen, weights).item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,17 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(checkpoints, text, tm
     distill.main(broken)
     for name in ("loss_curve.json", "attn_gate_weights.pth"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_what_is_kept_of_a_sequence_is_what_is_seen_anew(checkpoints, text, tmp_path):
+    for name, extra in (("anew", []), ("kept", ["--keep"])):
+        command = arguments(checkpoints, text, tmp_path / name, steps=5, **{"window-tokens": 128})
+        distill.main(command + extra)  # all in the first pass over the sequences
+    curves = [json.loads((tmp_path / name / "loss_curve.json").read_text()) for name in ("anew", "kept")]
+    assert curves[0] == curves[1]
+    distill.main([*arguments(checkpoints, text, tmp_path / "long", steps=20), "--keep"])
+    curve = json.loads((tmp_path / "long" / "loss_curve.json").read_text())
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
 
 
 class Bytes:

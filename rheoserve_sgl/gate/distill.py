@@ -43,11 +43,16 @@ def train(distiller: Distiller, sequences: torch.Tensor, args: argparse.Namespac
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
     curve = resume(distiller, optimizer, schedule, args)
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(args.seed))
+    kept: dict[int, list] = {}
     bar = tqdm(range(len(curve), args.steps), initial=len(curve), total=args.steps, desc="distilling", unit="step")
     for step in bar:
         rows = order[torch.arange(step * args.batch, (step + 1) * args.batch) % len(order)]
         optimizer.zero_grad()
-        loss = sum(distiller.loss(sequences[row], 1 / args.batch) for row in rows) / args.batch
+        if args.keep:
+            kept |= {row: distiller.observe(sequences[row]) for row in rows.tolist() if row not in kept}
+            loss = sum(distiller.loss_of(kept[row], 1 / args.batch) for row in rows.tolist()) / args.batch
+        else:
+            loss = sum(distiller.loss(sequences[row], 1 / args.batch) for row in rows) / args.batch
         optimizer.step()
         schedule.step()
         curve.append(loss)
@@ -83,10 +88,11 @@ def resume(distiller, optimizer, schedule, args) -> list[float]:
         return []
     state = torch.load(file, map_location="cpu", weights_only=True)
     for name, value in settings_of(args).items():
-        if state["settings"][name] != value:
+        stored = state["settings"].get(name)
+        if stored != value:
             raise ValueError(
-                f"--{name.replace('_', '-')} is {value!r}, but {file} was started with {state['settings'][name]!r}; "
-                "go on with that, or choose another --out"
+                f"--{name.replace('_', '-')} is {value!r}, but {file} was started with {stored!r}; go on with that, or "
+                "choose another --out"
             )
     with torch.no_grad():
         for mine, stored in zip(distiller.layers, state["layers"], strict=True):
@@ -112,6 +118,8 @@ def settings_of(args) -> dict:
         "k_pooling",
         "no_qk_norm",
         "no_rope",
+        "window_tokens",
+        "keep",
         "dtype",
     )
     return {name: getattr(args, name) for name in names} | {
@@ -135,6 +143,17 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--k-pooling", choices=sorted(K_POOLINGS), default="Kmaxminavg")
     parser.add_argument("--no-qk-norm", action="store_true", help="leave out the gate's own norms")
     parser.add_argument("--no-rope", action="store_true", help="do not rotate the gate's queries and keys")
+    parser.add_argument(
+        "--window-tokens",
+        type=int,
+        help="learn only what lies before so many tokens and not in the first block, which are always attended to; "
+        "default: all blocks, as published",
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep in memory what is seen of each sequence, so that only the first pass over them runs the model",
+    )
     parser.add_argument("--save-every", type=int, default=50, help="steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -144,6 +163,8 @@ def parse(argv=None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; legal: at least 1")
     if args.context % PAGE_TOKENS or args.context < 2 * PAGE_TOKENS:
         parser.error(f"--context is {args.context}; legal: multiples of {PAGE_TOKENS}, at least {2 * PAGE_TOKENS}")
+    if args.window_tokens is not None and (args.window_tokens < 0 or args.window_tokens % PAGE_TOKENS):
+        parser.error(f"--window-tokens is {args.window_tokens}; legal: multiples of {PAGE_TOKENS}, at least 0")
     if not 0 <= args.late < 1:
         parser.error(f"--late is {args.late}; legal: 0 or more, below 1")
     return args
@@ -164,7 +185,7 @@ def main(argv=None):
         use_qk_norm=not args.no_qk_norm,
         use_rope=not args.no_rope,
     )
-    distiller = Distiller(model, config, args.queries, args.late, args.seed)
+    distiller = Distiller(model, config, args.queries, args.late, args.seed, args.window_tokens)
     curve = train(distiller, sequences, args)
     write_gate(args.out, config, distiller.layers, str(args.model))
     (args.out / CURVE).write_text(json.dumps([round(loss, 5) for loss in curve]) + "\n")

@@ -1,11 +1,31 @@
 """The gates of one model in training, and their loss on a sequence."""
 
+from dataclasses import dataclass
+
 import torch
 
 from rheoserve_sgl.gate.attn_gate import GateWeights, pool_blocks, project_key, project_query, rotate
 from rheoserve_sgl.gate.capture import attention_layers, rope_of, visit_attention
 from rheoserve_sgl.gate.checkpoint import GateConfig, ModelShape
-from rheoserve_sgl.gate.target import block_targets, gate_loss
+from rheoserve_sgl.gate.target import block_targets, earlier_blocks, far_blocks, gate_loss
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's gate learns from some queries of a sequence.
+
+    positions: `[queries]`
+    q: `[queries, kv_heads, group, head_dim]`, before RoPE
+    pooled: `[blocks, kv_heads, parts * head_dim]`, of keys before RoPE
+    targets, mask, weights: see rheoserve_sgl.gate.target
+    """
+
+    positions: torch.Tensor
+    q: torch.Tensor
+    pooled: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+    weights: torch.Tensor | None
 
 
 class Distiller:
@@ -16,10 +36,13 @@ class Distiller:
         config: the gates' form
         queries: how many queries of each sequence are looked at
         late: queries are drawn from the last (1 - late) of a sequence
+        window: tokens before a query's block that are always attended to: only what lies farther, and not in the first
+            block, is learnt, each query by how much it attends there; None: all blocks and queries alike, as published
     """
 
-    def __init__(self, model, config: GateConfig, queries: int, late: float, seed: int):
+    def __init__(self, model, config: GateConfig, queries: int, late: float, seed: int, window: int | None = None):
         self.model, self.config, self.queries, self.late = model.eval().requires_grad_(False), config, queries, late
+        self.window = window
         self.shape = shape_of(model)
         device = next(model.parameters()).device
         self.draw = torch.Generator().manual_seed(seed)
@@ -31,6 +54,26 @@ class Distiller:
 
     def loss(self, sequence: torch.Tensor, weight: float | None) -> float:
         """Mean loss over layers of one sequence `[tokens]`; with a weight, gradients are added up."""
+        total = 0.0
+
+        def learn(layer: int, seen: Seen):
+            nonlocal total
+            total += self._learn(layer, seen, weight)
+
+        self._observe(sequence, learn)
+        return total / self.shape.layers
+
+    def observe(self, sequence: torch.Tensor) -> "list[Seen]":
+        """What each layer's gate learns from one sequence `[tokens]`, for `loss_of`."""
+        layers = []
+        self._observe(sequence, lambda layer, seen: layers.append(seen))
+        return layers
+
+    def loss_of(self, layers: "list[Seen]", weight: float | None) -> float:
+        """As `loss`, of a sequence that was observed before."""
+        return sum(self._learn(layer, seen, weight) for layer, seen in enumerate(layers)) / self.shape.layers
+
+    def _observe(self, sequence: torch.Tensor, take):
         block = self.config.gate_block_size
         sequence = sequence[: len(sequence) // block * block]
         if self.rope is None or len(self.rope) < len(sequence):
@@ -38,34 +81,34 @@ class Distiller:
         first = min(int(self.late * len(sequence)), len(sequence) - 1)
         positions = first + torch.randint(len(sequence) - first, (self.queries,), generator=self.draw)
         positions = positions.to(self.rope.device)
-        total = 0.0
-
-        def visit(layer, q, k):
-            nonlocal total
-            q = q[positions]
-            with torch.enable_grad():
-                loss = self._layer_loss(layer, q, k, positions)
-                if weight is not None:
-                    (loss * weight).backward()
-            total += loss.item()
-
-        with torch.no_grad(), visit_attention(self.model, visit):
+        with (
+            torch.no_grad(),
+            visit_attention(self.model, lambda layer, q, k: take(layer, self._see(layer, q, k, positions))),
+        ):
             self.model.model(sequence[None].to(self.rope.device), use_cache=False)
-        return total / self.shape.layers
 
-    def _layer_loss(self, layer: int, q, k, positions) -> torch.Tensor:
+    def _see(self, layer: int, q, k, positions) -> "Seen":
         block = self.config.gate_block_size
+        q, blocks = q[positions], k.float().unflatten(0, (-1, block))
+        where = (positions, len(blocks), block)
+        mask = earlier_blocks(*where) if self.window is None else far_blocks(*where, self.window)
+        rotated_q = rotate(q.flatten(1, 2), self.rope, positions).view_as(q)
+        rotated_k = rotate(k, self.rope, torch.arange(len(k), device=k.device))
+        scale = attention_layers(self.model)[layer].scaling
+        targets, far = block_targets(rotated_q, rotated_k, positions, scale, block, mask)
+        pooled = pool_blocks(blocks, self.config.parts)
+        return Seen(positions, q, pooled, targets, mask, None if self.window is None else far)
+
+    @torch.enable_grad()
+    def _learn(self, layer: int, seen: "Seen", weight: float | None) -> float:
         weights = self.weights(layer)
-        blocks = k.float().unflatten(0, (-1, block))
-        first = torch.arange(len(blocks), device=k.device) * block
-        with torch.no_grad():
-            rotated_q = rotate(q.flatten(1, 2), self.rope, positions).view_as(q)
-            rotated_k = rotate(k, self.rope, torch.arange(len(k), device=k.device))
-            scale = attention_layers(self.model)[layer].scaling
-            targets = block_targets(rotated_q, rotated_k, positions, scale, block)
-        gate_q = project_query(weights, q.float(), positions)
-        gate_k = project_key(weights, pool_blocks(blocks, weights.parts), first)
-        return gate_loss(gate_q, gate_k, targets, positions, block)
+        first = torch.arange(len(seen.pooled), device=seen.pooled.device) * self.config.gate_block_size
+        gate_q = project_query(weights, seen.q.float(), seen.positions)
+        gate_k = project_key(weights, seen.pooled, first)
+        loss = gate_loss(gate_q, gate_k, seen.targets, seen.mask, seen.weights)
+        if weight is not None:
+            (loss * weight).backward()
+        return loss.item()
 
     def weights(self, layer: int) -> GateWeights:
         tensors = {name: self.layers[layer].get(name) for name in ("q", "k", "q_norm", "k_norm")}
