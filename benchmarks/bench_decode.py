@@ -40,6 +40,11 @@ QWEN3_8B = {
     "eos_token_id": 151645,
 }
 TOKEN_BYTES = 2 * 36 * 8 * 128 * 2
+BLOCK_BYTES = 2 * 64 * 128 * 2
+COUNTS = (
+    *("decode_steps", "device_blocks", "host_blocks", "exchanged_bytes"),
+    *("host_attention_seconds", "exposed_wait_seconds"),
+)
 SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
 
 
@@ -69,30 +74,49 @@ def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
     return {name: every[name] for name in names}
 
 
-def measure(server: Server, prompts: list[list[int]], args) -> dict:
+def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
     """Tokens/s of all requests together, after their prompts are cached."""
     began = time.perf_counter()
     for prompt in prompts:
         server.tokens([prompt], 1)
     prefill = time.perf_counter() - began
 
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
+    def spent(tokens: int) -> dict:
+        """Seconds, and RheoServe's counts, of a generation."""
+        before, start = counts(), time.perf_counter()
         server.tokens(prompts, tokens)
-        return time.perf_counter() - start
+        took = time.perf_counter() - start
+        return {"seconds": took} | {key: value - before[key] for key, value in counts().items()}
 
-    seconds(args.warm)
-    rates, firsts = [], []
+    def counts() -> dict:
+        return {key: value for key, value in server.rheo().items() if key in COUNTS} if rheo else {}
+
+    spent(args.warm)
+    rates, firsts, timed = [], [], dict.fromkeys(COUNTS, 0)
     for _ in range(args.repeats):
-        nothing, warm, whole = (seconds(tokens) for tokens in (1, args.warm, args.warm + args.steps))
-        rates.append(len(prompts) * args.steps / (whole - warm))
-        firsts.append(1000 * (warm - nothing) / (args.warm - 1))
+        nothing, warm, whole = (spent(tokens) for tokens in (1, args.warm, args.warm + args.steps))
+        rates.append(len(prompts) * args.steps / (whole["seconds"] - warm["seconds"]))
+        firsts.append(1000 * (warm["seconds"] - nothing["seconds"]) / (args.warm - 1))
+        timed = {key: timed[key] + whole.get(key, 0) - warm.get(key, 0) for key in COUNTS}
     return {
         "requests": len(prompts),
         "tokens_per_second": round(statistics.median(rates), 1),
         "step_ms": round(1000 * len(prompts) / statistics.median(rates), 2),
         "warm_ms": round(statistics.median(firsts), 2),
         "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill),
+    } | (of_a_step(timed) if rheo else {})
+
+
+def of_a_step(timed: dict) -> dict:
+    """What RheoServe counted in the timed steps, for each of them."""
+    steps = max(timed["decode_steps"], 1)
+    visited = timed["host_blocks"]
+    return {
+        "host_share": round(visited / max(visited + timed["device_blocks"], 1), 4),
+        "host_mb_a_step": round(visited * BLOCK_BYTES / 1e6 / steps, 1),
+        "exchanged_mb_a_step": round(timed["exchanged_bytes"] / 1e6 / steps, 1),
+        "host_attention_ms_a_step": round(1000 * timed["host_attention_seconds"] / steps, 2),
+        "exposed_wait_ms_a_step": round(1000 * timed["exposed_wait_seconds"] / steps, 2),
     }
 
 
@@ -120,20 +144,9 @@ def run(name: str, args, folder: Path) -> list[dict]:
     prompts = random_prompts(0, [args.context] * holds(name, args))
     rows = []
     with Server(folder / "model", flags, folder / f"{name}.log", program=program) as server:
-        before = server.rheo() if "rheoserve" in flags else None
-        for count in sorted({1, len(prompts)}, reverse=True):
+        for count in sorted({1, len(prompts)}, reverse=True):  # of one request the prompt is cached by then
             row = {"system": name, "context": args.context, "device_gb": args.device_gb}
-            row |= measure(server, prompts[:count], args)
-            if before is not None:
-                after = server.rheo()
-                device, host = (after[key] - before[key] for key in ("device_blocks", "host_blocks"))
-                row["host_share"] = round(host / max(device + host, 1), 4)
-                steps = after["decode_steps"] - before["decode_steps"]
-                row["host_mb_a_step"] = round(host * 2 * 64 * 128 * 2 / 1e6 / max(steps, 1), 1)
-                row["exchanged_mb_a_step"] = round(
-                    (after["exchanged_bytes"] - before["exchanged_bytes"]) / 1e6 / max(steps, 1), 1
-                )
-                before = after
+            row |= measure(server, prompts[:count], args, rheo="rheoserve" in flags)
             print(row, flush=True)
             rows.append(row)
     return rows
@@ -154,6 +167,8 @@ def main():
     parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     args = parser.parse_args()
+    if args.warm < 2:
+        parser.error(f"--warm is {args.warm}; legal: at least 2")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = args.logs or Path(folder)

@@ -283,6 +283,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("variant"), py::arg("cpus"), py::arg("memory"),
            py::keep_alive<1, 8>())  // `memory` lives until the threads have ended
       .def("expect", &rheo::Doorbell::expect, "Requests that will come.", py::arg("count"))
+      .def("busy_seconds", &rheo::Doorbell::busy_seconds, "Time it took to answer all requests so far.")
       .def("failure", &rheo::Doorbell::failure, "The first failure, or an empty string.");
   m.attr("BELL_BYTES") = sizeof(rheo::Bell);
   m.attr("BELL_STRIDE") = offsetof(rheo::Bell, answered);

@@ -40,6 +40,8 @@ void Doorbell::expect(uint64_t count) {
   expected_.notify_one();
 }
 
+double Doorbell::busy_seconds() const { return 1e-9 * static_cast<double>(busy_ns_.load(std::memory_order_relaxed)); }
+
 std::string Doorbell::failure() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return failure_;
@@ -70,6 +72,7 @@ void Doorbell::serve() {
 }
 
 void Doorbell::answer(uint64_t number) {
+  const auto began = std::chrono::steady_clock::now();
   try {
     AttendArgs args = attentions_[(number - 1) % attentions_.size()];
     const int most = args.batch;
@@ -85,6 +88,8 @@ void Doorbell::answer(uint64_t number) {
       bell_->failed.store(number, std::memory_order_release);
     }
   }
+  const auto took = std::chrono::steady_clock::now() - began;
+  busy_ns_.fetch_add(std::chrono::nanoseconds(took).count(), std::memory_order_relaxed);
   bell_->answered.store(number, std::memory_order_release);
 }
 

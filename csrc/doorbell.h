@@ -15,8 +15,9 @@ namespace rheo {
 
 // Request n (1, 2, 3, ...) is for attention number (n - 1) modulo how many there are: the layers of a step in turn.
 // Whoever asks fills what the attention points to, then writes n to `asked`, with no request still unanswered; the
-// results are there when `answered` is n. Numbers may be passed over: those requests count as answered. A request that
-// fails is answered too; `failed` is the number of the first.
+// results are there when `answered` is n. Numbers may be passed over: those requests count as answered. A request with
+// nothing to visit need not be waited for: what is written meanwhile is read again for the next one. A request that fails
+// is answered too; `failed` is the number of the first.
 struct Bell {
   alignas(64) std::atomic<uint64_t> asked;
   alignas(64) std::atomic<uint64_t> answered;
@@ -36,6 +37,9 @@ class Doorbell {
   // Says that `count` more requests will come. Threads poll for these, and sleep at other times.
   void expect(uint64_t count);
 
+  // How long it took to answer all requests so far.
+  double busy_seconds() const;
+
   // The first failure, as text; empty if there was none.
   std::string failure();
 
@@ -52,6 +56,7 @@ class Doorbell {
   ThreadPool pool_;
   Workspace workspace_;
   std::atomic<uint64_t> expected_{0};
+  std::atomic<int64_t> busy_ns_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
   std::string failure_;

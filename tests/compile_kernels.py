@@ -42,7 +42,7 @@ class Bell:
     """What an Asker has."""
 
     layers, limit = LAYERS, 10**9
-    asked = answered = counter = arrived = rung = seen = lost = report = torch.zeros(1, dtype=torch.int64)
+    asked = answered = counter = arrived = rung = seen = lost = report = waited = torch.zeros(1, dtype=torch.int64)
 
 
 def compile_instead(launch):

@@ -68,6 +68,7 @@ def test_requests_may_be_passed_over():
         number = ring(exchange, passed)
         out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 1)
         assert torch.equal(exchange.out, out)
+    assert 0 < doorbell.busy_seconds < SECONDS
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.3)

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
 
+from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED
 from rheoserve_sgl.runtime.batch import Batch
 
 TOKENS, DEVICE_TOKENS, CONTEXT, SLOTS = 64 * 24, 64 * 6, 64 * 10, 6
@@ -29,14 +30,15 @@ class SlowLane:
 
     def __init__(self, pool):
         self.pool, self.moves, self.copied, self.more = pool, None, False, None
+        self.short = self.still = False
 
     @property
     def busy(self):
         return self.moves is not None
 
-    def start(self, moves, more=None):
+    def start(self, moves, more=None, short=False):
         assert not self.busy
-        self.moves, self.copied, self.more = moves, False, more
+        self.moves, self.copied, self.more, self.short = moves, False, more, short
 
     def copy(self):
         if self.busy and not self.copied:
@@ -44,6 +46,10 @@ class SlowLane:
             self.copied = True
 
     def finish(self):
+        if self.still:
+            return False
+        if self.busy and self.short:
+            self.copy()
         if self.busy and self.copied:
             self.pool.residency.admit(self.moves)
             self.moves = None
@@ -258,7 +264,12 @@ class PoolMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         pool = self.pool
+        lane = pool.coordinator.lane
+        if isinstance(lane, SlowLane):
+            lane.still = True  # looking moves nothing
         stats = pool.coordinator.stats(len(self.allocator.free_pages))
+        if isinstance(lane, SlowLane):
+            lane.still = False
         live = set(self.filled)
         # Host pages in use + free = all.
         assert stats["host_pages_used"] == len(live)
@@ -269,6 +280,14 @@ class PoolMachine(RuleBasedStateMachine):
         held = torch.nonzero(frame_of >= 0).tolist()
         assert len(held) == int((owner >= 0).sum()) == stats["frames_used"]
         assert stats["frames_used"] + stats["frames_free"] == LAYERS * HEADS * DEVICE_TOKENS // 64
+        # Frames are on their way only while blocks are.
+        reserved = torch.nonzero(owner == RESERVED).tolist()
+        moves = getattr(lane, "moves", getattr(lane, "_moves", None))
+        if moves is None:
+            assert not reserved and not (frame_of == ON_ITS_WAY).any()
+        else:
+            counts = enumerate(zip(moves.frame.tolist(), moves.count.tolist(), strict=True))
+            assert {tuple(place) for place in reserved} <= {(layer, at) for layer, (to, n) in counts for at in to[:n]}
         # No frame is held by page 0 or by a page that nobody has.
         for layer, page, head in held:
             assert owner[layer, frame_of[layer, page, head]] == page * HEADS + head

@@ -32,7 +32,7 @@ Asked = list[tuple[str, dict, float | None]]
 
 
 def systems(args):
-    """Flags of each server, the contexts it is asked at, and what it is asked."""
+    """Flags of each server, the contexts it is asked at, what it is asked, and how many requests at once."""
     common = ["--attention-backend", "rheoserve", "--rheoserve-window-tokens", "256", "--dtype", "auto"]
     common += ["--rheoserve-host-size", str(args.host_size), "--context-length", str(max(args.contexts))]
     common.append("--enable-custom-logit-processor")
@@ -41,22 +41,23 @@ def systems(args):
         common += ["--rheoserve-gate-path", args.gate, "--rheoserve-dense-layers", str(dense)]  # for every gate
     for position, selector in enumerate(args.selectors):
         flags = ["--rheoserve-mode", "retrieval", "--rheoserve-device-attention", "selected"]
-        flags += frames(max(args.contexts), args)
+        flags += frames(max(args.contexts))
         asked: Asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)]
         asked = asked if position == 0 else []
         asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
-        yield [*common, *flags, "--rheoserve-selector", selector], args.contexts, asked
+        yield [*common, *flags, "--rheoserve-selector", selector], args.contexts, asked, args.parallel
     for context in args.contexts:
         asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
-        yield [*common, *frames(context, args), "--rheoserve-selector", args.selectors[0]], [context], asked
+        # One at a time: requests that run at once share the frames, and the last of them would have all.
+        yield [*common, *frames(context), "--rheoserve-selector", args.selectors[0]], [context], asked, 1
 
 
-def frames(context: int, args) -> list[str]:
-    """An eighth of each request's context resident."""
-    return ["--rheoserve-device-tokens", str(max(context // 8 // 64, 8) * 64 * args.parallel)]
+def frames(context: int) -> list[str]:
+    """An eighth of a context resident."""
+    return ["--rheoserve-device-tokens", str(max(context // 8 // 64, 8) * 64)]
 
 
-def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Asked) -> list[dict]:
+def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Asked, parallel: int) -> list[dict]:
     """Rows of the table for one server."""
     rows, least = [], client.least_budget()
     for name, fixed, share in asked:
@@ -64,7 +65,7 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
             budget = None if share is None else max(int(context * share) // 64 * 64, least)
             options = fixed if budget is None else {"token_budget": budget}
             row = {"system": name, "context": context, "budget": budget}
-            with ThreadPoolExecutor(args.parallel) as pool:
+            with ThreadPoolExecutor(parallel) as pool:
                 asking = {task: ask(pool, client, texts, task, context, args.samples, options) for task in args.tasks}
                 losses = next_token_losses(pool, client.url, texts, context, args, options)
                 for task, answers in asking.items():
@@ -109,7 +110,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--loss-tokens", type=int, default=256, help="of each text; 0: no loss. A quarter of the samples"
     )
-    parser.add_argument("--parallel", type=int, default=1, help="requests at once")
+    parser.add_argument("--parallel", type=int, default=1, help="requests at once, but for `balanced`")
     parser.add_argument("--new-tokens", type=int, default=96, help="at most, for an answer")
     parser.add_argument("--host-size", type=float, default=4.0, help="GB of each server's host store")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the servers")
@@ -131,12 +132,14 @@ def main(argv=None):
     rows = []
     if args.url:
         asked = [("dense", {"mode": "full"}, None), *((f"budget {share:.3f}", {}, share) for share in args.budgets)]
-        rows = measure(Client(args.url, tokenizer, args.new_tokens), texts, args, args.contexts, asked)
+        rows = measure(Client(args.url, tokenizer, args.new_tokens), texts, args, args.contexts, asked, args.parallel)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            for number, (flags, contexts, asked) in enumerate(systems(args)):
+            for number, (flags, contexts, asked, parallel) in enumerate(systems(args)):
                 with Server(args.model, [*flags, *args.flags], Path(folder) / f"{number}.log") as server:
-                    rows += measure(Client(server.url, tokenizer, args.new_tokens), texts, args, contexts, asked)
+                    rows += measure(
+                        Client(server.url, tokenizer, args.new_tokens), texts, args, contexts, asked, parallel
+                    )
     document = {"benchmark": "accuracy", "options": vars(args), "rows": rows, **describe_machine()}
     print(json.dumps(document, default=str))
 

@@ -53,6 +53,7 @@ class Coordinator:
         self.weight = 1.0
         seed = environ.random_exchange_seed()
         self.gpu_totals: torch.Tensor | None = None  # blocks attended in each tier, where a GPU counts them
+        self.gpu_times: Callable[[], dict] = dict  # seconds, by name
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
         self.counts = dict.fromkeys(("decode_steps", "exchanges", "device_blocks", "host_blocks"), 0)
@@ -117,11 +118,12 @@ class Coordinator:
         if self.lane is None or self.lane.busy or self._random is not None:
             return
         pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
-        most = max(self._blocks(SWAP_BYTES) // pairs, 1)
+        bound = self._blocks(SWAP_BYTES)
+        most = max(bound // pairs, 1)
         newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most)
         pool.fill(newest)  # the step writes to these pages: they move in its order, before it
         pool.residency.admit(newest)
-        self.lane.start(others)
+        self.lane.start(others, short=most * pairs <= bound)
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor):
         """Add gate scores `[batch, kv_heads, max_pages]` to a layer's importance."""
@@ -194,7 +196,7 @@ class Coordinator:
         self.settle()
         self._sum_visits()
         if self.lane is not None:
-            self.lane.finish()
+            self._due |= self.lane.finish()
         used, moved = pool.residency.used, int(pool.moved)
         frames = pool.frame_count * pool.layer_num
         host_pages = pool.host.pages - 1
@@ -211,4 +213,5 @@ class Coordinator:
             "exchanged_blocks": moved,
             "exchanged_bytes": moved * pool.block_bytes,
             **self.counts,
+            **self.gpu_times(),
         }

@@ -1,7 +1,8 @@
 """Swaps: blocks of a request and head that matter more now take the frames of others of that request and head.
 
-How many frames each has is the exchange's to change; a swap leaves it, and so needs no ranking over all requests. On a
-GPU it is cheap enough for every step (rheoserve_sgl/ops/gpu/swap.py); here is what it does in plain torch.
+How many frames each has is the exchange's to change; a swap leaves it, but for pages that requests share, where one may
+take what another keeps. So it needs no ranking over all requests, and on a GPU it is cheap enough for every step
+(rheoserve_sgl/ops/gpu/swap.py); here is what it does in plain torch.
 """
 
 from dataclasses import dataclass

@@ -119,7 +119,6 @@ def settings_of(args) -> dict:
         "no_qk_norm",
         "no_rope",
         "window_tokens",
-        "keep",
         "dtype",
     )
     return {name: getattr(args, name) for name in names} | {
@@ -147,12 +146,13 @@ def parse(argv=None) -> argparse.Namespace:
         "--window-tokens",
         type=int,
         help="learn only what lies before so many tokens and not in the first block, which are always attended to; "
-        "default: all blocks, as published",
+        "default: all blocks, as published. Not for --rheoserve-threshold: the scores of what is left out mean nothing",
     )
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="keep in memory what is seen of each sequence, so that only the first pass over them runs the model",
+        help="keep in the host's memory what is seen of each sequence, so that only the first pass over them runs the "
+        "model; a run that is taken up again looks at other queries",
     )
     parser.add_argument("--save-every", type=int, default=50, help="steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -165,6 +165,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error(f"--context is {args.context}; legal: multiples of {PAGE_TOKENS}, at least {2 * PAGE_TOKENS}")
     if args.window_tokens is not None and (args.window_tokens < 0 or args.window_tokens % PAGE_TOKENS):
         parser.error(f"--window-tokens is {args.window_tokens}; legal: multiples of {PAGE_TOKENS}, at least 0")
+    if args.window_tokens is not None and args.window_tokens > args.context // 2:
+        parser.error(f"--window-tokens is {args.window_tokens}; legal: at most half of --context, {args.context // 2}")
     if not 0 <= args.late < 1:
         parser.error(f"--late is {args.late}; legal: 0 or more, below 1")
     return args

@@ -27,6 +27,9 @@ class Seen:
     mask: torch.Tensor
     weights: torch.Tensor | None
 
+    def to(self, device) -> "Seen":
+        return Seen(*(tensor if tensor is None else tensor.to(device) for tensor in vars(self).values()))
+
 
 class Distiller:
     """The gates of one model, and what it takes to train them.
@@ -64,14 +67,15 @@ class Distiller:
         return total / self.shape.layers
 
     def observe(self, sequence: torch.Tensor) -> "list[Seen]":
-        """What each layer's gate learns from one sequence `[tokens]`, for `loss_of`."""
+        """What each layer's gate learns from one sequence `[tokens]`, for `loss_of`, in the host's memory."""
         layers = []
-        self._observe(sequence, lambda layer, seen: layers.append(seen))
+        self._observe(sequence, lambda layer, seen: layers.append(seen.to("cpu")))
         return layers
 
     def loss_of(self, layers: "list[Seen]", weight: float | None) -> float:
         """As `loss`, of a sequence that was observed before."""
-        return sum(self._learn(layer, seen, weight) for layer, seen in enumerate(layers)) / self.shape.layers
+        there = (seen.to(self.rope.device) for seen in layers)
+        return sum(self._learn(layer, seen, weight) for layer, seen in enumerate(there)) / self.shape.layers
 
     def _observe(self, sequence: torch.Tensor, take):
         block = self.config.gate_block_size

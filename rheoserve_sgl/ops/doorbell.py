@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.attention import attention_arguments
 from rheoserve_sgl.ops.extension import address, extension
 from rheoserve_sgl.ops.plan import Visit
@@ -36,6 +37,7 @@ class Exchange:
 
         pairs = (batch, kv_heads)
         lists = (zeros(*pairs, max_list, dtype=torch.int32), *(zeros(*pairs, dtype=torch.int32) for _ in range(2)))
+        lists[2].fill_(PAGE_TOKENS)  # legal, whatever is asked first
         return cls(
             q=zeros(*pairs, group, head_dim, dtype=torch.float32),
             visit=Visit(*lists),
@@ -76,6 +78,11 @@ class Doorbell:
     def expect(self, requests: int):
         """Say that so many more requests will come; the threads poll for these and sleep at other times."""
         self._threads.expect(requests)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it took to answer all requests so far."""
+        return self._threads.busy_seconds()
 
     def check(self):
         """Raise RuntimeError if a request failed, with the layer and the reason of the first."""

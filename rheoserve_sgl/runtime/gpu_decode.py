@@ -38,8 +38,10 @@ class GpuDecode:
         self.seconds = environ.answer_seconds(ANSWER_SECONDS)
         self.asker = Asker(exchange, self.seconds, self.layers)
         self.step = GpuStep(pool, rules, exchange, self.asker)
-        self.coordinator.gpu_totals = self.step.totals
+        self.coordinator.gpu_totals, self.coordinator.gpu_times = self.step.totals, self._times
         self.coordinator.swap(self.step.tables.rows(1))  # of no request: compiles what runs outside CUDA graphs
+        torch.cuda.synchronize()
+        self.coordinator.lane.finish()
 
     def begin(self, req_to_token, slots, lens, rows: int, batch: int, limits: torch.Tensor):
         """Before a step of `rows` requests, padded to `batch`. Raises RuntimeError if an earlier step was lost.
@@ -49,6 +51,11 @@ class GpuDecode:
         """
         self.check()
         self.step.begin(req_to_token, slots, lens, rows, batch, limits, self.coordinator.weight)
+
+    def _times(self) -> dict:
+        """Seconds that the CPU's threads attended, and that the GPU waited for them."""
+        waited = int(self.asker.waited) / 1e9
+        return {"host_attention_seconds": self.doorbell.busy_seconds, "exposed_wait_seconds": waited}
 
     def expect(self):
         """A step's questions are about to come."""

@@ -64,6 +64,7 @@ class Asker:
     seen: `[1]` int64, number of the last question that was waited for
     lost: `[1]` int64, number of the first question that was not answered in time; 0: none
     report: the same in pinned memory
+    waited: `[1]` int64, nanoseconds that answers were waited for
     """
 
     def __init__(self, exchange: Exchange, seconds: float, layers: int):
@@ -75,6 +76,7 @@ class Asker:
         self.arrived, self.rung = torch.zeros((2, 1), dtype=torch.int64, device="cuda")
         self.seen = self.counter.clone()
         self.lost = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self.waited = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
     @property

@@ -73,27 +73,28 @@ def _attend_split(
 
 
 @triton.jit
-def _wait(counter, seen, late, report, answered, limit):
+def _wait(counter, seen, late, report, waited, answered, limit):
     """Until the CPU has answered the last question, or too late; then tell the other programs by `seen`."""
     number = tl.load(counter)
     answered_at = answered.to(tl.int64)
-    end = nanoseconds(answered_at) + limit
+    began = nanoseconds(answered_at)
     # After one answer too late nothing is waited for: the step is lost, and the server is told.
     waiting = tl.load(late) == 0
     while waiting:
         if load_acquire(answered_at) == number:
             waiting = False
-        elif nanoseconds(answered_at) > end:
+        elif nanoseconds(answered_at) - began > limit:
             tl.store(late, number)
             tl.store(report, number)
             waiting = False
     tl.atomic_xchg(seen, number, sem="release", scope="gpu")
+    tl.atomic_add(waited, nanoseconds(answered_at) - began, sem="relaxed")
 
 
 @triton.jit
 def _merge(
     counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
-    counter, rung, seen, late, report, answered, limit,
+    counter, rung, seen, late, report, waited, answered, limit,
     WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -103,7 +104,7 @@ def _merge(
         # One program looks over PCIe, the first to start; all others, where the CPU visited, look at it.
         if pair + head == 0:
             if tl.load(rung) > 0:
-                _wait(counter, seen, late, report, answered, limit)
+                _wait(counter, seen, late, report, waited, answered, limit)
         elif tl.load(host_counts + pair) > 0:
             number = tl.load(counter)
             while load_acquire_own(seen.to(tl.int64)) != number:
@@ -190,9 +191,18 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
     if asker:
-        bell = (asker.counter, asker.rung, asker.seen, asker.lost, asker.report, asker.answered, asker.limit)
+        bell = (
+            asker.counter,
+            asker.rung,
+            asker.seen,
+            asker.lost,
+            asker.report,
+            asker.waited,
+            asker.answered,
+            asker.limit,
+        )
     else:
-        bell = (*[count] * 6, 0)
+        bell = (*[count] * 7, 0)
     _merge[(batch * kv_heads, group)](
         visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
         WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,

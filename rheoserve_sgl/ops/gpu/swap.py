@@ -98,7 +98,7 @@ def swap_gpu(ranking, residency, importance, tables, most: int) -> tuple[Moves, 
     batch, max_pages = tables.pages.shape
     pairs, most, device = batch * kv_heads, min(most, SLOTS), importance.device
     arrivals, victims, frames = torch.empty((3, layers, pairs, SLOTS), dtype=torch.int64, device=device)
-    counts, tails = torch.empty((2, layers, pairs), dtype=torch.int32, device=device)
+    counts, tails = (torch.empty((layers, pairs), dtype=torch.int32, device=device) for _ in range(2))
     newest = Moves.make(layers, pairs, residency.frames, device)
     others = Moves.make(layers, pairs * most, residency.frames, device)
     found = arrivals, victims, frames, counts, tails
