@@ -98,7 +98,8 @@ class RheoAttnBackend(AttentionBackend):
         self.gpu.expect()
 
     def _begin_on_gpu(self, forward_batch, rows: int):
-        self.coordinator.begin_decode(lambda: self._batch(forward_batch, rows))
+        lens = forward_batch.seq_lens_cpu
+        self.coordinator.begin_decode(lambda: self._batch(forward_batch, rows), None if lens is None else lens[:rows])
         self.gpu.begin(
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,

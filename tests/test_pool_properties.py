@@ -312,6 +312,20 @@ def test_invariants(device):
     run_state_machine_as_test(machine, settings=settings(max_examples=count, stateful_step_count=30, deadline=None))
 
 
+@pytest.mark.parametrize("length", [65, 64, 64 * 3 + 1, 64 * 7 + 1])
+def test_a_new_page_gets_frames_where_all_fit(length):
+    """Without waiting for the next exchange, and without another block giving its own."""
+    pool, _ = make_pool(64 * 20, 64 * 6, exchange_interval=1000)
+    table = torch.arange(64, 64 * 20, dtype=torch.int32)[None]
+    slot, lens = torch.tensor([0]), torch.tensor([length - 1])
+    pool.coordinator.begin_decode(lambda: Batch.build(table, slot, lens, length - 1, 1, 1), lens)
+    before = pool.residency.used
+    lens = torch.tensor([length])
+    pool.coordinator.begin_decode(lambda: Batch.build(table, slot, lens, length, 1, 1), lens)
+    fits = -(-length // 64) <= 6
+    assert pool.residency.used == before + (LAYERS * HEADS if length % 64 == 1 and fits else 0)
+
+
 def test_frames_are_counted_for_real():
     """2048 device tokens are 32 frames for each KV head of a layer and not a byte of KV more, but for one
     row a layer that takes writes meant for no frame."""

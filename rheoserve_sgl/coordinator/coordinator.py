@@ -90,11 +90,12 @@ class Coordinator:
         self._changed = True
         self.pool.clear()  # what is on its way will not be admitted
 
-    def begin_decode(self, make_batch: Callable[[], Batch]):
+    def begin_decode(self, make_batch: Callable[[], Batch], lens: torch.Tensor | None = None):
         """Call before a decode step's first layer.
 
         Args:
             make_batch: gives the step's Batch; called only if blocks are exchanged
+            lens: `[batch]` tokens of each request on the CPU, the new one included, where blocks also swap
         """
         self.settle()
         if self._visited:
@@ -105,9 +106,17 @@ class Coordinator:
         if self.lane is not None:
             self._due |= self.lane.finish()
         self._due |= self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0
+        self._due |= lens is not None and self._page_finds_frames(lens)
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
             self._exchange(make_batch())
+
+    def _page_finds_frames(self, lens: torch.Tensor) -> bool:
+        """Whether a request starts a page and frames are left: an exchange gives it some, a swap takes others'."""
+        if not bool((lens % PAGE_TOKENS == 1).any()):
+            return False
+        pages = (lens + PAGE_TOKENS - 1) // PAGE_TOKENS
+        return int(pages.sum()) * self.pool.head_num <= self.pool.frame_count
 
     def swap(self, tables):
         """Let blocks that matter more now take others' frames, beside the step; call after `begin_decode` on a GPU.
