@@ -151,6 +151,37 @@ def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints,
         assert after["frames_used"] == after["host_pages_used"] == 0
 
 
+LONG = 65000
+FAR = [
+    "--context-length",
+    str(LONG + 600),
+    "--json-model-override-args",
+    f'{{"max_position_embeddings": {LONG + 600}}}',
+]
+
+
+def crowd_and_long(server) -> list[dict]:
+    """48 requests at once, and one of a long prompt."""
+    options = {"return_logprob": True, "top_logprobs_num": 2}
+    crowd = server.generate(random_prompts(3, [1 + 37 * at for at in range(48)]), 16, **options)
+    return crowd + server.generate(random_prompts(4, [LONG]), 16, **options)
+
+
+def test_48_requests_and_64k_tokens_equal_triton_within_rounding(checkpoints, tmp_path):
+    args = ["--attention-backend", "triton", "--page-size", "64", "--max-total-tokens", "262144", *HALF, *FAR]
+    with Server(checkpoints.path(), args, tmp_path / "reference") as server:
+        expected = crowd_and_long(server)
+    # All is selected, and a sixth of it resident: the rest is the CPU's.
+    args = ["--rheoserve-token-budget", "65600", "--rheoserve-device-tokens", "12288", "--rheoserve-host-size", "1"]
+    with rheo_server(checkpoints.path(), [*args, *HALF, *FAR], tmp_path) as server:
+        whole = [
+            same_up_to_rounding(mine, theirs) for mine, theirs in zip(crowd_and_long(server), expected, strict=True)
+        ]
+        assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"
+        assert server.rheo()["host_blocks"] > 0
+        assert server.settle()["frames_used"] == 0
+
+
 def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):
     """With no time to answer at all, the first request with blocks in the host store only is the last."""
     args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512", *HALF]
