@@ -13,7 +13,8 @@ from machine import describe_machine
 
 from rheoserve_sgl.cache.host_memory import pin_all, zeroed
 from rheoserve_sgl.cache.pool import addresses
-from rheoserve_sgl.cache.residency import Moves
+from rheoserve_sgl.cache.residency import Moves, Residency
+from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.ask import Asker
@@ -28,6 +29,7 @@ from rheoserve_sgl.ops.plan import Rule, Select, Visit
 LAYERS, KV_HEADS, GROUP, DIM, PAGE = 36, 8, 4, 128, 64
 BLOCK = 2 * PAGE * DIM * 2  # bytes
 CALLS = 20  # in a graph, each on its own data
+PINNED = []
 
 
 def seconds(calls) -> float:
@@ -165,15 +167,38 @@ def asking() -> dict[str, float]:
     }
 
 
-def moving(frames: torch.Tensor) -> dict[str, float]:
-    """GB/s over PCIe: the copy engine's, and of the kernels that move blocks."""
-    blocks = 8192
-    host = zeroed((4 * blocks // KV_HEADS, KV_HEADS, 2, PAGE, DIM), torch.bfloat16)
-    pin_all(Case, [host], 8)  # for as long as the program runs
+def swapping(requests: int = 8, pages: int = 512) -> float:
+    """Microseconds of a step's swaps over all layers, without the copies: half of the blocks resident, and another
+    order of importance each time, so that all that may swap does."""
+    all_pages, frames = requests * pages + 1, requests * pages * KV_HEADS // 2
+    residency = Residency(LAYERS, all_pages, KV_HEADS, frames, "cuda")
+    tables = Tables.make(requests, pages, "cuda")
+    tables.pages.copy_(torch.randperm(all_pages - 1, device="cuda").view(requests, -1) + 1)
+    tables.n_pages.fill_(pages)
+    chosen = torch.rand(LAYERS, all_pages, KV_HEADS, device="cuda") < 0.5
+    chosen[:, 0] = False
+    residency.admit(residency.reserve(chosen, frames))
+    ranking = Ranking("importance", False, 1, 8)
+    orders = [torch.rand(LAYERS, all_pages, KV_HEADS, device="cuda") for _ in range(4)]
+
+    def call(importance):
+        for moves in swap_blocks(ranking, residency, importance, tables, 3):
+            residency.admit(moves)
+
+    return seconds([lambda order=order: call(order) for order in orders]) * 1e6
+
+
+def moving(frames: torch.Tensor, dim: int) -> dict[str, float]:
+    """GB/s over PCIe with blocks of this head dim: the copy engine's, and of the kernels that move blocks."""
+    blocks, frames = 8192 * DIM // dim, frames.view(-1, 2, PAGE, dim)
+    block_bytes = 2 * PAGE * dim * 2
+    host = zeroed((4 * blocks // KV_HEADS, KV_HEADS, 2, PAGE, dim), torch.bfloat16)
+    pin_all(Case, [host], 8)
+    PINNED.append(host)  # as long as it is pinned, which is as long as the program runs
     rates = {}
-    there = torch.empty(blocks, 2, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
+    there = torch.empty(blocks, 2, PAGE, dim, dtype=torch.bfloat16, device="cuda")
     here = host.flatten(0, 1)[:blocks]
-    amount = blocks * BLOCK / 1e9
+    amount = blocks * block_bytes / 1e9
     rates["copy_to_device"] = amount / seconds([lambda: there.copy_(here, non_blocking=True)] * 2)
     rates["copy_to_host"] = amount / seconds([lambda: here.copy_(there, non_blocking=True)] * 2)
     picked = [torch.randperm(4 * blocks, device="cuda")[:blocks] for _ in range(2)]
@@ -182,13 +207,13 @@ def moving(frames: torch.Tensor) -> dict[str, float]:
     where, count = tuple(where), torch.tensor([blocks], device="cuda")
     for name, programs in (("fill_frames", ALONE), ("fill_frames_beside", BESIDE)):
         moves = [Moves(p[None], targets, count) for p in picked]
-        rates[name] = amount / seconds([lambda m=m, n=programs: fill_frames(*where, BLOCK, m, n) for m in moves])
+        rates[name] = amount / seconds([lambda m=m, n=programs: fill_frames(*where, block_bytes, m, n) for m in moves])
     pages = [torch.randperm(len(host), device="cuda")[: blocks // KV_HEADS] for _ in range(2)]
     none = torch.full((len(host), KV_HEADS), -1, dtype=torch.int32, device="cuda")
-    out = torch.empty(2, blocks // KV_HEADS * PAGE, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(2, blocks // KV_HEADS * PAGE, KV_HEADS, dim, dtype=torch.bfloat16, device="cuda")
     rates["gather_prefix"] = amount / seconds([lambda p=p: gather_prefix(host, frames, none, p, out) for p in pages])
     loc = [(p[:, None] * PAGE + torch.arange(PAGE, device="cuda")).flatten() for p in pages]
-    k, v = torch.randn(2, blocks // KV_HEADS * PAGE, KV_HEADS, DIM, device="cuda").bfloat16()
+    k, v = torch.randn(2, blocks // KV_HEADS * PAGE, KV_HEADS, dim, device="cuda").bfloat16()
     rates["write_through"] = amount / seconds([lambda at=at: append_gpu(host, frames, none, at, k, v) for at in loc])
     return rates
 
@@ -220,15 +245,19 @@ def main():
             }
             rows.append({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
             print(rows[-1], flush=True)
-    bell, moves = asking(), moving(frames)
+    bell, swaps = asking(), swapping()
+    moves = {f"{2 * PAGE * dim * 2 // 1024} KiB": moving(frames, dim) for dim in (DIM // 2, DIM)}
     print("asking with nothing to visit, us:", {name: round(us, 1) for name, us in bell.items()})
-    print("over PCIe, GB/s:", {name: round(rate, 1) for name, rate in moves.items()})
+    print(f"swaps of a step over {LAYERS} layers, 8 requests of 32K: {swaps:.0f} us")
+    for size, found in moves.items():
+        print(f"blocks of {size} over PCIe, GB/s:", {name: round(rate, 1) for name, rate in found.items()})
     document = {
         "benchmark": "ops",
         "options": vars(args),
         "device_gb_s": {name: rate / 1e9 for name, rate in rates.items()},
         "cases": rows,
         "asking_us": bell,
+        "swaps_us": swaps,
         "pcie_gb_s": moves,
         "gpu": torch.cuda.get_device_name(),
         **describe_machine(),
