@@ -14,11 +14,13 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from machine import describe_machine
 from serving import Server, random_prompts
+from step_split import kernels_of, split_step
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -45,6 +47,7 @@ COUNTS = (
     *("decode_steps", "device_blocks", "host_blocks", "exchanged_bytes"),
     *("host_attention_seconds", "exposed_wait_seconds"),
 )
+PROFILE_AFTER, PROFILE_STEPS = 1.0, 12  # seconds of a generation, decode steps
 SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
 
 
@@ -107,6 +110,23 @@ def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
     } | (of_a_step(timed, len(prompts), args) if rheo else {})
 
 
+def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> dict:
+    """How the GPU's time of some steps in the middle of a generation is split; the trace stays in `folder`."""
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(server.tokens, prompts, args.warm + args.steps)
+        time.sleep(PROFILE_AFTER)
+        order = {"output_dir": str(folder), "num_steps": PROFILE_STEPS, "activities": ["GPU"]}
+        server.post("/start_profile", order | {"profile_prefix": f"decode-{len(prompts)}"})
+        answer.result()
+    deadline = time.time() + 60
+    while not (traces := list(folder.glob(f"decode-{len(prompts)}*.json.gz"))):
+        if time.time() > deadline:
+            raise RuntimeError(f"no trace in {folder} after 60 s:\n{server.tail()}")
+        time.sleep(0.5)
+    time.sleep(1)  # until it is written
+    return {"split_ms": split_step(kernels_of(traces[0]))}
+
+
 def of_a_step(timed: dict, requests: int, args) -> dict:
     """What RheoServe counted in the timed steps, for each of them."""
     steps = max(timed["decode_steps"], 1)
@@ -148,7 +168,10 @@ def run(name: str, args, folder: Path) -> list[dict]:
     with Server(folder / "model", flags, folder / f"{name}.log", program=program) as server:
         for count in sorted({1, len(prompts)}, reverse=True):  # of one request the prompt is cached by then
             row = {"system": name, "context": args.context, "device_gb": args.device_gb}
-            row |= measure(server, prompts[:count], args, rheo="rheoserve" in flags)
+            rheo = "rheoserve" in flags
+            row |= measure(server, prompts[:count], args, rheo)
+            if rheo and args.profile:
+                row |= profiled(server, prompts[:count], args, folder)
             print(row, flush=True)
             rows.append(row)
     return rows
@@ -167,6 +190,7 @@ def main():
     parser.add_argument("--steps", type=int, default=128, help="decode steps timed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")
+    parser.add_argument("--profile", action="store_true", help="split the GPU's time of RheoServe's steps")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     args = parser.parse_args()
     if args.warm < 2:

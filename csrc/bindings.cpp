@@ -134,7 +134,7 @@ rheo::PageTable table(uintptr_t pages, uintptr_t n_pages, int batch, int max_pag
 
 void plan(Workers& workers, int select, int sink_pages, int window_pages, int budget_pages, uintptr_t budgets, float log_threshold, bool selected_only,
           uintptr_t scores, uintptr_t pages, uintptr_t n_pages, uintptr_t tail_len, uintptr_t frame_of,
-          const std::vector<uintptr_t>& outputs, int batch, int kv_heads, int max_pages, int64_t all_pages) {
+          const std::vector<uintptr_t>& outputs, uintptr_t chosen, int batch, int kv_heads, int max_pages, int64_t all_pages) {
   require(select >= 0 && select <= 3, "select is " + std::to_string(select) + "; legal: 0 to 3");
   require(outputs.size() == 6, "outputs has " + std::to_string(outputs.size()) + " addresses; expected 6");
   require(batch >= 0 && kv_heads >= 1 && max_pages >= 1 && all_pages >= 1, "a size is negative or zero");
@@ -148,6 +148,7 @@ void plan(Workers& workers, int select, int sink_pages, int window_pages, int bu
   args.tail_len = pointer<const int32_t>(tail_len, "tail_len");
   args.frame_of = pointer<const int32_t>(frame_of, "frame_of");
   args.kv_heads = kv_heads;
+  args.chosen = pointer<uint8_t>(chosen, "chosen");
   rheo::Visit* visits[2] = {&args.device, &args.host};
   for (int i = 0; i < 2; ++i)
     *visits[i] = {pointer<int32_t>(outputs[3 * i], "blocks"), pointer<int32_t>(outputs[3 * i + 1], "count"),
@@ -166,10 +167,11 @@ void score(Workers& workers, uintptr_t pages, uintptr_t n_pages, int batch, int 
 }
 
 void record(Workers& workers, uintptr_t pages, uintptr_t n_pages, int batch, int max_pages, int64_t all_pages, uintptr_t scores,
-            uintptr_t importance, int kv_heads, float weight) {
+            uintptr_t chosen, uintptr_t importance, int kv_heads, float weight) {
   const rheo::PageTable rows = table(pages, n_pages, batch, max_pages, all_pages);
   py::gil_scoped_release release;
-  rheo::record(rows, pointer<const float>(scores, "scores"), pointer<float>(importance, "importance"), kv_heads, weight, workers.pool());
+  rheo::record(rows, pointer<const float>(scores, "scores"), reinterpret_cast<const uint8_t*>(chosen),
+               pointer<float>(importance, "importance"), kv_heads, weight, workers.pool());
 }
 
 void append(uintptr_t host, uintptr_t frames, uintptr_t frame_of, uintptr_t loc, uintptr_t k, uintptr_t v,
@@ -266,10 +268,10 @@ PYBIND11_MODULE(_C, m) {
       .def("plan", &plan, "Selection of blocks and its split by residency.", py::kw_only(), py::arg("select"),
            py::arg("sink_pages"), py::arg("window_pages"), py::arg("budget_pages"), py::arg("budgets"), py::arg("log_threshold"),
            py::arg("selected_only"), py::arg("scores"), py::arg("pages"), py::arg("n_pages"), py::arg("tail_len"),
-           py::arg("frame_of"), py::arg("outputs"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
+           py::arg("frame_of"), py::arg("outputs"), py::arg("chosen"), py::arg("batch"), py::arg("kv_heads"), py::arg("max_pages"),
            py::arg("all_pages"))
       .def("score", &score, "Gate scores over a page table.")
-      .def("record", &record, "Accumulates gate scores into the importance of blocks.")
+      .def("record", &record, "Accumulates gate scores and selections into the importance of blocks.")
       .def("pool_keys", &pool_keys, "Gate keys of pages, pooled from their stored K.")
       .def("gate_keys", &gate_keys, "Keys of the learned gate for pages that tokens were written to.")
       .def("gate_queries", &gate_queries, "Queries of the learned gate.")

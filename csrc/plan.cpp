@@ -58,6 +58,10 @@ void plan(const PlanRule& rule, const PlanArgs& a, ThreadPool& pool) {
     thread_local std::vector<int> rest;
     const int budget = a.budgets == nullptr ? rule.budget_pages : a.budgets[b];
     select(rule, budget, a.scores == nullptr ? nullptr : a.scores + row, pages, chosen, rest);
+    if (a.chosen != nullptr) {
+      std::copy(chosen.begin(), chosen.end(), a.chosen + row);
+      std::fill(a.chosen + row + pages, a.chosen + row + a.table.max_pages, 0);
+    }
     int on_device = 0, on_host = 0;
     bool tail_device = false, tail_host = false;
     for (int p = 0; p < pages; ++p) {

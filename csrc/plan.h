@@ -30,6 +30,7 @@ struct PlanArgs {
   const int32_t* frame_of;  // [all_pages, kv_heads]
   int kv_heads;
   Visit device, host;
+  uint8_t* chosen = nullptr;  // [batch, kv_heads, max_pages], gets 1 where a page is selected; or null
 };
 
 // Throws std::out_of_range for a page or a page count outside its bounds.

@@ -68,15 +68,19 @@ void score(const PageTable& t, const float* gate_q, const float* quick, float* s
   });
 }
 
-void record(const PageTable& t, const float* scores, float* importance, int kv_heads, float weight, ThreadPool& pool) {
+void record(const PageTable& t, const float* scores, const uint8_t* chosen, float* importance, int kv_heads, float weight,
+            ThreadPool& pool) {
   check(t);
   // Heads share nothing; the rows of a head may share pages.
   for_each(pool, kv_heads, static_cast<int64_t>(t.batch) * t.max_pages * 32, [&](int h) {
     for (int b = 0; b < t.batch; ++b) {
-      const float* row = scores + (static_cast<int64_t>(b) * kv_heads + h) * t.max_pages;
+      const int64_t first = (static_cast<int64_t>(b) * kv_heads + h) * t.max_pages;
       const int64_t* ids = t.pages + static_cast<int64_t>(b) * t.max_pages;
-      for (int p = 0; p < t.n_pages[b]; ++p)
-        if (!std::isnan(row[p])) importance[ids[p] * kv_heads + h] += weight * std::exp(row[p]);
+      for (int p = 0; p < t.n_pages[b]; ++p) {
+        const float score = scores[first + p];
+        const float selected = chosen != nullptr && chosen[first + p] ? 1.0f : 0.0f;
+        importance[ids[p] * kv_heads + h] += weight * (selected + (std::isnan(score) ? 0.0f : std::exp(score)));
+      }
     }
   });
 }

@@ -24,9 +24,9 @@ void check(const PageTable& table);
 void score(const PageTable& table, const float* gate_q, const float* quick, float* scores, int kv_heads, int group,
            int key_dim, float scale, ThreadPool& pool);
 
-// importance += weight * exp(score) for the table's pages, NaN left out (rheoserve_sgl/ops/score.py).
-// importance [all_pages, kv_heads].
-void record(const PageTable& table, const float* scores, float* importance, int kv_heads, float weight,
+// importance += weight * (exp(score) + chosen) for the table's pages, scores of NaN left out (rheoserve_sgl/ops/score.py).
+// chosen [batch, kv_heads, max_pages] or null, importance [all_pages, kv_heads].
+void record(const PageTable& table, const float* scores, const uint8_t* chosen, float* importance, int kv_heads, float weight,
             ThreadPool& pool);
 
 }  // namespace rheo

@@ -137,11 +137,11 @@ class RheoAttnBackend(AttentionBackend):
             tapped = self.taps and self.taps.of_layer(layer.layer_id)
             pool.gate.refresh(pool, index, self.writes, k, tapped)
             scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped)
-            self.coordinator.record(index, batch, scores)
         frame_of = pool.residency.frame_of[index]
-        steps = plan(
-            self.rules[index], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads, self.budgets
-        )
+        rule = self.rules[index]
+        steps = plan(rule, scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads, self.budgets)
+        if self.selects:
+            self.coordinator.record(index, batch, scores, steps.chosen if rule.needs_scores else None)
         self.coordinator.count_visits(steps)
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads

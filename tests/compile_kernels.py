@@ -15,7 +15,7 @@ from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.coordinator.swap import Ranking
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, score, snapshot, swap, tables
+from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, quiet, score, snapshot, swap, tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
 LAYERS, BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 2, 3, 2, 4, 512, 9, 5
@@ -64,6 +64,7 @@ def launch_all(dtype: torch.dtype, dim: int):
         append.append_gpu(host, frames, frame_of, loc, k, k, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), keys)
     step = tables.Tables.make(BATCH, PAGES, "cpu")
     snapshot.snapshot(torch.zeros(SLOTS, PAGES * 64, dtype=torch.int32), loc, loc, 2, step)
+    quiet.mark_quiet(torch.zeros(LAYERS, ALL_PAGES, KV_HEADS, dtype=torch.int32), step)
     scratch = tables.Scratch.make(*pairs, GROUP, PAGES, "cpu")
     score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), step, scratch, 0.1, "range")
     score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim), step, scratch, 0.1, "dot")

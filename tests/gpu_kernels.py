@@ -25,6 +25,7 @@ from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
 from rheoserve_sgl.ops.gpu.move import fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
+from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
 from rheoserve_sgl.ops.gpu.swap import swap_gpu
@@ -176,7 +177,47 @@ def test_score_and_plan_equal_torch(rule, selector, heads):
     for row in range(5):
         ids = batch.pages[row, : batch.n_pages[row]]
         gained = importance[ids] + 2.0 * scores[row, :, : len(ids)].exp().T
+        if rule.needs_scores:
+            gained += 2.0 * expected.chosen[row, :, : len(ids)].T
         torch.testing.assert_close(there[3].cpu()[ids], gained, rtol=1e-4, atol=1e-5)
+
+
+def test_requests_that_are_all_resident_are_quiet_but_for_every_eighth_step():
+    layers, heads, pages = 3, 2, 100
+    table, where, lens, batch = make_batch([700, 513, 1000, 1024], context=1024, pages=pages)
+    tables = tables_of(table, where, lens)
+    assert not tables.quiet.any()
+    frame_of = torch.arange(layers * pages * heads, dtype=torch.int32).view(layers, pages, heads)
+    frame_of[2, batch.pages[1, 8], 1] = -1  # of its newest page
+    frame_of[0, batch.pages[0, 11]] = -1  # beyond its end
+    frame_of = frame_of.to(DEVICE)
+    mark_quiet(frame_of, tables)
+    assert tables.quiet.tolist() == [1, 0, 0, 0, 0, 0]  # 1000 and 1024 are multiples of 8, the last two are padding
+
+    rule = Rule(Select.BUDGET, 1, 1, budget_pages=3)
+    scratch = Scratch.make(6, heads, 1, 16, DEVICE)
+    for part in vars(scratch).values():
+        part.fill_(torch.nan)
+    exchange = Exchange.make(6, heads, 1, 64, 16, pin=DEVICE == "cuda")
+    device = Visit(
+        *(torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((6, heads, 16), (6, heads), (6, heads)))
+    )
+    q, quick = torch.randn(6, heads, 1, 64).to(DEVICE), torch.randn(pages, heads, 64).to(DEVICE)
+    importance, weight = torch.zeros(pages, heads, device=DEVICE), torch.ones(1, device=DEVICE)
+    budgets = torch.full((6,), 3, dtype=torch.int32, device=DEVICE)
+    totals, visited = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
+    score_tiles(q, quick, tables, scratch, 0.125, "dot")
+    frame_of[1, batch.pages[0, 3], 0] = -1  # a swap took it since
+    plan_gpu(rule, q, tables, scratch, frame_of[1], importance, weight, budgets, exchange, device, visited, totals)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert device.count[0].tolist() == [10, 11] and exchange.visit.count[0].tolist() == [1, 0]
+    assert int(exchange.visit.blocks[0, 0, 0]) == int(batch.pages[0, 3]) * heads
+    recorded = torch.zeros(pages, dtype=torch.bool)
+    for row in (1, 2, 3):
+        recorded[batch.pages[row, : batch.n_pages[row]]] = True
+    assert torch.equal((importance > 0).all(1).cpu(), recorded) and torch.isfinite(importance).all()
+    assert scratch.logits[0].isnan().all()
 
 
 def test_selection_with_nan_and_a_budget_beyond_the_pages():

@@ -65,6 +65,7 @@ def listed(visit, b, h):
 @settings(max_examples=300, deadline=None)
 def test_cpu_equals_torch(case):
     got, expected = plan_cpu(*case), plan_torch(*case)
+    assert torch.equal(got.chosen, expected.chosen)
     for mine, theirs in ((got.device, expected.device), (got.host, expected.host)):
         assert torch.equal(mine.count, theirs.count)
         assert torch.equal(mine.last_len, theirs.last_len)

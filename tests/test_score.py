@@ -31,19 +31,23 @@ def test_score_cpu_equals_torch(selector, group, dim):
     torch.testing.assert_close(got, score_torch(q, quick, pages, n_pages, dim**-0.5), rtol=1e-4, atol=1e-4)
 
 
-def test_record_cpu_equals_torch_with_shared_pages():
+@pytest.mark.parametrize("selected", [False, True])
+def test_record_cpu_equals_torch_with_shared_pages(selected):
     pages, n_pages = table(1, 4, 9, 12)  # 4 rows of 9 out of 11 pages: shared ones for sure
     scores = torch.randn(4, 2, 9).masked_fill(torch.arange(9) >= n_pages[:, None, None], -torch.inf)
     scores[1, 0, 0] = torch.nan
+    chosen = torch.rand(scores.shape) < 0.3 if selected else None
     before = torch.rand(12, 2)
     mine, theirs = before.clone(), before.clone()
-    record_cpu(scores, mine, pages, n_pages, 3.0)
-    record_torch(scores, theirs, pages, n_pages, 3.0)
+    record_cpu(scores, chosen, mine, pages, n_pages, 3.0)
+    record_torch(scores, chosen, theirs, pages, n_pages, 3.0)
     torch.testing.assert_close(mine[1:], theirs[1:])
     by_hand = before.double()
     for row in range(4):
         for at in range(n_pages[row]):
             by_hand[pages[row, at]] += 3.0 * scores[row, :, at].double().exp().nan_to_num(0.0)
+            if selected:
+                by_hand[pages[row, at]] += 3.0 * chosen[row, :, at]
     torch.testing.assert_close(mine[1:].double(), by_hand[1:], rtol=1e-5, atol=1e-6)
 
 
@@ -57,7 +61,7 @@ def test_threads_change_no_bit():
     keys = [torch.zeros(400, 4, 128) for _ in range(2)]
     host = torch.randn(400, 4, 2, 64, 64)
     for threads, recorded, pooled in zip((1, 3), importance, keys, strict=True):
-        record_cpu(one, recorded, pages, n_pages, 2.0, threads)
+        record_cpu(one, one > -5.0, recorded, pages, n_pages, 2.0, threads)
         filled = torch.full((399,), 64, dtype=torch.int32)
         pool_keys_cpu(make_gate("quest"), host, torch.arange(1, 400), filled, pooled, threads)
     assert torch.equal(*importance)

@@ -27,6 +27,7 @@ def test_kernels_compile_for_ampere_ada_and_hopper(capability):
     assert {
         "_append",
         "_snapshot",
+        "_disturb",
         "_score",
         "_plan",
         "_attend_split",

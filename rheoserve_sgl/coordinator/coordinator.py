@@ -134,9 +134,10 @@ class Coordinator:
         pool.residency.admit(newest)
         self.lane.start(others, short=most * pairs <= bound)
 
-    def record(self, layer: int, batch: Batch, log_scores: torch.Tensor):
-        """Add gate scores `[batch, kv_heads, max_pages]` to a layer's importance."""
-        record(log_scores, self.pool.importance[layer], batch.pages, batch.n_pages, self.weight, self.pool.threads)
+    def record(self, layer: int, batch: Batch, log_scores: torch.Tensor, chosen: torch.Tensor | None = None):
+        """Add gate scores, and what was selected, both `[batch, kv_heads, max_pages]`, to a layer's importance."""
+        importance, weight = self.pool.importance[layer], self.weight
+        record(log_scores, chosen, importance, batch.pages, batch.n_pages, weight, self.pool.threads)
 
     def _fade(self):
         self.weight /= DECAY

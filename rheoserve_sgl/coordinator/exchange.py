@@ -6,8 +6,8 @@ import torch
 # take turns in a frame.
 HYSTERESIS = 1.25
 # At most this much is copied at once, over all layers; the rest follows with the next exchange: before a step, beside
-# steps (40 ms over PCIe), and by a step's swaps (5 ms).
-BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 256 << 20
+# steps (40 ms over PCIe), and by a step's swaps (10 ms, about a step).
+BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
 
 
 def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -56,6 +56,7 @@ class Visit:
 class Plan:
     device: Visit  # `blocks` are frames
     host: Visit  # `blocks` are `page * kv_heads + head`
+    chosen: torch.Tensor | None = None  # `[batch, kv_heads, max_pages]` bool, the selection
 
 
 def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 1, budgets=None) -> Plan:
@@ -111,6 +112,7 @@ def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of, budgets=N
     return Plan(
         _compact(on_device, frame, last, tail_len),
         _compact(chosen & ~resident, block, last, tail_len),
+        chosen,
     )
 
 
@@ -137,6 +139,7 @@ def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: in
         )
         for _ in range(2)
     ]
+    chosen = torch.empty((*shape, max_pages), dtype=torch.bool)
     worker_pool(threads).plan(
         select=int(rule.select),
         sink_pages=rule.sink_pages,
@@ -151,9 +154,10 @@ def plan_cpu(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: in
         tail_len=address(tail_len, torch.int32, (batch,), "tail_len"),
         frame_of=address(frame_of, torch.int32, (all_pages, kv_heads), "frame_of"),
         outputs=[t.data_ptr() for visit in visits for t in (visit.blocks, visit.count, visit.last_len)],
+        chosen=chosen.data_ptr(),
         batch=batch,
         kv_heads=kv_heads,
         max_pages=max_pages,
         all_pages=all_pages,
     )
-    return Plan(*visits)
+    return Plan(*visits, chosen)

@@ -52,34 +52,41 @@ def score_cpu(gate_q, quick, pages, n_pages, scale: float, threads: int = 1):
     return scores
 
 
-def record(scores, importance, pages, n_pages, weight: float, threads: int = 1):
-    """Add one step's scores to a layer's importance, in place: weight * exp(score); a NaN adds nothing.
+def record(scores, chosen, importance, pages, n_pages, weight: float, threads: int = 1):
+    """Add one step to a layer's importance, in place: weight * (exp(score), and 1 if the page was selected).
+
+    A selected block outweighs all that nearly was: only for what is attended it pays to move. A NaN score adds nothing.
 
     Args:
         scores: `[batch, kv_heads, max_pages]` float32 log probabilities
+        chosen: `[batch, kv_heads, max_pages]` bool, the step's selection, or None
         importance: `[all_pages, kv_heads]` float32
         pages, n_pages, threads: as for `score`
         weight: of this step; where it grows from step to step, the past decays
     """
     if pages.device.type == "cpu":
-        record_cpu(scores, importance, pages, n_pages, weight, threads)
+        record_cpu(scores, chosen, importance, pages, n_pages, weight, threads)
     else:
-        record_torch(scores, importance, pages, n_pages, weight)
+        record_torch(scores, chosen, importance, pages, n_pages, weight)
 
 
-def record_torch(scores, importance, pages, n_pages, weight: float):
+def record_torch(scores, chosen, importance, pages, n_pages, weight: float):
     valid = torch.arange(pages.shape[1], device=pages.device) < n_pages[:, None]
     where = torch.where(valid, pages, 0)  # page 0 is nobody's
-    values = weight * torch.exp(scores).nan_to_num(nan=0.0).transpose(1, 2)
+    values = torch.exp(scores).nan_to_num(nan=0.0)
+    if chosen is not None:
+        values = values + (chosen & valid[:, None])
+    values = weight * values.transpose(1, 2)
     index = where.reshape(-1, 1).expand(-1, importance.shape[1])
     importance.scatter_add_(0, index, values.reshape(index.shape))
 
 
-def record_cpu(scores, importance, pages, n_pages, weight: float, threads: int = 1):
+def record_cpu(scores, chosen, importance, pages, n_pages, weight: float, threads: int = 1):
     all_pages, kv_heads = importance.shape
     worker_pool(threads).record(
         *_table(pages, n_pages, all_pages),
         address(scores, torch.float32, (len(pages), kv_heads, pages.shape[1]), "scores"),
+        0 if chosen is None else address(chosen, torch.bool, scores.shape, "chosen"),
         address(importance, torch.float32, (all_pages, kv_heads), "importance"),
         kv_heads,
         weight,

@@ -181,17 +181,20 @@ void try_planning(Random& random, ThreadPool& pool) {
   for (int i = 0; i < width * kv_heads * 2 * dim; ++i)
     if (quick[i] != 0.5f) fail("a gate key", "pool_keys", quick[i], 0.5);
   score(table, q.data(), quick.data(), scores.data(), kv_heads, group, 2 * dim, 0.1f, pool);
-  record(table, scores.data(), importance.data(), kv_heads, 0.9f, pool);
+  std::vector<uint8_t> chosen(rows * width, 2);
   std::vector<int32_t> blocks[2], counts[2], last[2];
   std::vector<int32_t> budgets;
   for (int b = 0; b < batch; ++b) budgets.push_back(random.between(0, width));
   const int32_t* const own = random.between(0, 1) == 0 ? nullptr : budgets.data();
-  PlanArgs args{table, scores.data(), own, tail.data(), frame_of.data(), kv_heads, {}, {}};
+  PlanArgs args{table, scores.data(), own, tail.data(), frame_of.data(), kv_heads, {}, {}, chosen.data()};
   for (int i = 0; i < 2; ++i) {
     blocks[i].resize(rows * width), counts[i].resize(rows), last[i].resize(rows);
     (i == 0 ? args.device : args.host) = {blocks[i].data(), counts[i].data(), last[i].data()};
   }
   plan({static_cast<Select>(random.between(0, 3)), 1, 2, random.between(0, width), -3.0f, false}, args, pool);
+  for (const uint8_t mark : chosen)
+    if (mark > 1) fail("a mark", "plan", mark, 1);
+  record(table, scores.data(), random.between(0, 1) ? chosen.data() : nullptr, importance.data(), kv_heads, 0.9f, pool);
   for (size_t i = 0; i < rows; ++i)
     if (counts[0][i] + counts[1][i] > n_pages[i / kv_heads]) fail("a count", "plan", counts[0][i] + counts[1][i], n_pages[i / kv_heads]);
 }

@@ -95,11 +95,22 @@ def _wait(counter, seen, late, report, waited, answered, limit):
 def _merge(
     counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
     counter, rung, seen, late, report, waited, answered, limit,
-    WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr,
+    WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
+    count = tl.load(counts + pair)
+    split = _part_length(count, parts, FEWEST)
+    part = tl.arange(0, PARTS)
+    there = part < (count + split - 1) // split
+    at = (pair * parts + part).to(tl.int64) * group + head
+    lses = tl.load(lse_in + at, mask=there, other=float("-inf"))
+    values = tl.load(acc_in + at[:, None] * DIM + dim[None, :], mask=there[:, None] & (dim < DIM)[None, :], other=0.0)
+    top = tl.max(lses, 0)
+    # (Of no parts at all the weights are 0, not NaN.)
+    weights = tl.exp(lses - tl.where(top == float("-inf"), 0.0, top))
+    acc, total = tl.sum(weights[:, None] * values, 0), tl.sum(weights, 0)
     if WAIT:
         # One program looks over PCIe, the first to start; all others, where the CPU visited, look at it.
         if pair + head == 0:
@@ -109,21 +120,14 @@ def _merge(
             number = tl.load(counter)
             while load_acquire_own(seen.to(tl.int64)) != number:
                 pass
-    count = tl.load(counts + pair)
-    split = _part_length(count, parts, FEWEST)
-    used = (count + split - 1) // split
     row = pair * group + head
-    visited = tl.load(host_counts + pair) > 0
-    top = tl.load(host_lse + row, mask=visited, other=float("-inf"))
-    total = tl.where(visited, 1.0, 0.0)
-    acc = tl.load(host_out + row.to(tl.int64) * DIM + dim, mask=visited & (dim < DIM), other=0.0)
-    for part in range(0, used):
-        at = (pair * parts + part).to(tl.int64) * group + head
-        value = tl.load(lse_in + at)
+    if tl.load(host_counts + pair) > 0:
+        value = tl.load(host_lse + row)
         new_top = tl.maximum(top, value)
         weight = tl.exp(value - new_top)
         older = tl.exp(top - new_top)
-        acc = acc * older + weight * tl.load(acc_in + at * DIM + dim, mask=dim < DIM, other=0.0)
+        host_acc = tl.load(host_out + row.to(tl.int64) * DIM + dim, mask=dim < DIM, other=0.0)
+        acc = acc * older + weight * host_acc
         total = total * older + weight
         top = new_top
     empty = total == 0.0
@@ -206,6 +210,7 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
     _merge[(batch * kv_heads, group)](
         visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
         WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
+        PARTS=triton.next_power_of_2(split.lse.shape[1]),
     )  # fmt: skip
 
 

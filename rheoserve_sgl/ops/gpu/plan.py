@@ -83,7 +83,7 @@ def _ring(counter, arrived, rung, bell, layers, asks, says):
 
 @triton.jit
 def _plan(
-    logits, tile_max, tile_sum, pages, n_pages, tail_len, frame_of, importance, weight, budgets, q, q_out,
+    logits, tile_max, tile_sum, pages, n_pages, tail_len, quiet, frame_of, importance, weight, budgets, q, q_out,
     frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals,
     counter, arrived, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
@@ -100,9 +100,11 @@ def _plan(
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
     block = page * kv_heads + head
+    selects = tl.load(quiet + row) == 0
+    best = tl.zeros([NP], tl.float32)
     if RECORD:
-        best = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
-        tl.atomic_add(importance + block, tl.exp(best) * tl.load(weight), mask=valid & (best == best), sem="relaxed")
+        if selects:
+            best = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
     if SELECT == 0:
         chosen = valid
     elif SELECT == 1:
@@ -111,10 +113,17 @@ def _plan(
         room = tl.load(budgets + row) - tl.sum(forced.to(tl.int32), 0)
         rest = valid & (forced == 0)
         chosen = forced
-        if room > 0:
+        if selects & (room > 0):
             chosen = forced | _best(_ordered(best), rest, room)
     else:
         chosen = forced | (valid & ((best > log_threshold) | (best != best)))
+    if SELECT >= 2:
+        chosen = tl.where(selects, chosen, valid)
+    if RECORD:
+        gain = tl.where(best == best, tl.exp(best), 0.0)
+        if SELECT >= 2:
+            gain += chosen.to(tl.float32)
+        tl.atomic_add(importance + block, gain * tl.load(weight), mask=valid & selects, sem="relaxed")
     frame = tl.load(frame_of + block, mask=valid, other=-1)
     resident = valid & (frame >= 0)
     outside = chosen & (frame < 0)
@@ -160,7 +169,8 @@ def plan_gpu(
         tables: Tables
         scratch: what `score_tiles` filled; None where the rule needs no scores and nothing is recorded
         frame_of: `[all_pages, kv_heads]` int32
-        importance: `[all_pages, kv_heads]` float32; each page's gets exp(score) * weight more
+        importance: `[all_pages, kv_heads]` float32; each page's gets weight * (exp(score), and 1 where scores
+            select it) more, but for quiet requests
         weight: `[1]` float32
         budgets: `[batch]` int32, pages that a KV head may select
         exchange: Exchange, pinned: gets the visit lists, and the queries of those with any
@@ -180,8 +190,8 @@ def plan_gpu(
     heads = logits.shape[2] if record else 1
     bell = (asker.counter, asker.arrived, asker.rung, asker.asked, asker.layers) if asker else (*[totals] * 4, 1)
     _plan[(batch * kv_heads,)](
-        logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, frame_of, importance, weight,
-        budgets, q, exchange.q, device.blocks, device.count, device.last_len,
+        logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, tables.quiet, frame_of, importance,
+        weight, budgets, q, exchange.q, device.blocks, device.count, device.last_len,
         exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals, *bell,
         kv_heads, heads, group, max_pages, tiles,
         rule.sink_pages, rule.window_pages, rule.log_threshold,

@@ -12,14 +12,14 @@ KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by b
 
 @triton.jit
 def _score(
-    q, quick, pages, n_pages, logits, tile_max, tile_sum, scale, kv_heads, heads, max_pages, tiles,
+    q, quick, pages, n_pages, quiet, logits, tile_max, tile_sum, scale, kv_heads, heads, max_pages, tiles,
     DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     tile = tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
-    if tile * PAGES < count:
+    if (tile * PAGES < count) & (tl.load(quiet + row) == 0):
         dim = tl.arange(0, WIDE)
         at = tile * PAGES + tl.arange(0, PAGES)
         valid = at < count
@@ -46,7 +46,7 @@ def _score(
 
 
 def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
-    """Fill the logits and tile sums of `scratch`.
+    """Fill the logits and tile sums of `scratch`, but for quiet requests.
 
     Args:
         q: `[batch, kv_heads, heads, dim]`, any float dtype
@@ -56,7 +56,7 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     max_pages = tables.pages.shape[1]
     tiles = triton.cdiv(max_pages, PAGES)
     _score[(batch * kv_heads, tiles)](
-        q, quick, tables.pages, tables.n_pages, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
+        q, quick, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
         kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
     )  # fmt: skip

@@ -13,7 +13,7 @@ PAGES = 256  # of one request to a program
 
 @triton.jit(do_not_specialize=["rows"])
 def _snapshot(
-    table, table_stride, slots, lens, rows, pages, n_pages, tail_len, newest, requests, max_pages,
+    table, table_stride, slots, lens, rows, pages, n_pages, tail_len, quiet, newest, requests, max_pages,
     PAGES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -30,6 +30,7 @@ def _snapshot(
         tl.store(n_pages + row, count)
         tl.store(tail_len + row, length - (count - 1) * TOKENS, mask=count > 0)
         tl.store(tail_len + row, 0, mask=count == 0)
+        tl.store(quiet + row, 0)
         last = tl.load(line + (count - 1).to(tl.int64) * TOKENS, mask=count > 0, other=0)
         tl.store(newest + row, last // TOKENS)
         tl.store(requests + row, slot)
@@ -47,6 +48,6 @@ def snapshot(req_to_token, slots, lens, rows: int, tables):
     batch, max_pages = tables.pages.shape
     _snapshot[(batch, triton.cdiv(max_pages, PAGES))](
         req_to_token, req_to_token.stride(0), slots, lens, rows,
-        tables.pages, tables.n_pages, tables.tail_len, tables.newest, tables.requests, max_pages,
+        tables.pages, tables.n_pages, tables.tail_len, tables.quiet, tables.newest, tables.requests, max_pages,
         PAGES=PAGES, TOKENS=PAGE_TOKENS,
     )  # fmt: skip

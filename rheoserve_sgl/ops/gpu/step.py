@@ -11,6 +11,7 @@ from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
+from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
@@ -44,6 +45,7 @@ class GpuStep:
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
+        self._rests = self.selects and not any(rule.selected_only for rule in rules)
         if self.selects and not self.kind:
             raise ValueError(f"{type(pool.gate).__name__} has no kernels on a GPU")
         heads = 1 if self.kind == "seer" else group
@@ -61,6 +63,8 @@ class GpuStep:
             weight: of this step's scores in the importance of blocks
         """
         snapshot(req_to_token, slots, lens, rows, self.tables.rows(batch))
+        if self._rests:
+            mark_quiet(self.pool.residency.frame_of, self.tables.rows(batch))
         self.budgets[:rows] = limits[slots[:rows]]
         self.weight.fill_(weight)
         self._rows.fill_(rows)

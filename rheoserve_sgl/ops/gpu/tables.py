@@ -14,12 +14,14 @@ class Tables:
 
     pages: `[batch, max_pages]` int32 logical pages
     n_pages, tail_len: `[batch]` int32
+    quiet: `[batch]` int32, whether the step neither selects for a request nor records (see `mark_quiet`)
     newest, requests: `[batch]` int64
     """
 
     pages: torch.Tensor
     n_pages: torch.Tensor
     tail_len: torch.Tensor
+    quiet: torch.Tensor
     newest: torch.Tensor
     requests: torch.Tensor
 
@@ -30,7 +32,7 @@ class Tables:
 
         return cls(
             zeros(batch, max_pages, dtype=torch.int32),
-            *(zeros(batch, dtype=torch.int32) for _ in range(2)),
+            *(zeros(batch, dtype=torch.int32) for _ in range(3)),
             *(zeros(batch, dtype=torch.int64) for _ in range(2)),
         )
 
