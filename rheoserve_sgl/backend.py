@@ -19,6 +19,7 @@ from rheoserve_sgl.refusals import attention_layers, refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
 from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
+from rheoserve_sgl.runtime.telemetry import observe
 from rheoserve_sgl.runtime.writes import Writes
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class RheoAttnBackend(AttentionBackend):
                 "another plugin may have replaced it: see SGLANG_PLUGINS"
             )
         self.coordinator = self.token_to_kv_pool.coordinator
+        observe(self.coordinator)
         self.config = self.token_to_kv_pool.config
         rule = decode_rule(self.config)
         self.selects = rule.needs_scores

@@ -29,6 +29,7 @@ class Hook:
 
 
 _SIZES = SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator."
+_REPORTS = SRT + "managers.scheduler_components."
 _OURS = "rheoserve_sgl.runtime."
 
 HOOKS = (
@@ -61,6 +62,16 @@ HOOKS = (
         "after",
         _OURS + "request_options.check_options",
         role="all",
+    ),
+    Hook(
+        _REPORTS + "pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
+        "after",
+        _OURS + "telemetry.add_log_parts",
+    ),
+    Hook(
+        SRT + "observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+        "after",
+        _OURS + "telemetry.export_metrics",
     ),
     Hook(SRT + "managers.scheduler.Scheduler.get_internal_state", "after", _OURS + "lifecycle.add_state"),
 )

@@ -26,6 +26,6 @@ def dense(checkpoints, tmp_path_factory):
 def full(checkpoints, tmp_path_factory):
     """RheoServe in `full` mode in fp32, with frames for 512 tokens: most blocks are in the host store only."""
     args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512", "--chunked-prefill-size", "512"]
-    args.append("--enable-custom-logit-processor")
+    args += ["--enable-custom-logit-processor", "--enable-metrics", "--decode-log-interval", "4"]
     with rheo_server(checkpoints.path(), args, tmp_path_factory.mktemp("full")) as server:
         yield server

@@ -52,8 +52,7 @@ class Coordinator:
         # Of this step's scores in the importance: it grows instead of the past being multiplied down.
         self.weight = 1.0
         seed = environ.random_exchange_seed()
-        self.gpu_totals: torch.Tensor | None = None  # blocks attended in each tier, where a GPU counts them
-        self.gpu_times: Callable[[], dict] = dict  # seconds, by name
+        self.gpu = None  # the GpuDecode that counts the blocks attended in each tier, on a GPU
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
         self.counts = dict.fromkeys(("decode_steps", "exchanges", "device_blocks", "host_blocks"), 0)
@@ -99,7 +98,7 @@ class Coordinator:
         """
         self.settle()
         if self._visited:
-            self._sum_visits()
+            self.sum_visits()
         self._steps += 1
         self.counts["decode_steps"] += 1
         self._fade()
@@ -149,10 +148,11 @@ class Coordinator:
         """Count the blocks that one layer's plan attends in each tier."""
         self._visited.append((plan.device.count, plan.host.count))
 
-    def _sum_visits(self):
-        """Once a step: sums of small tensors cost more than the tensors."""
-        if self.gpu_totals is not None:
-            self.counts["device_blocks"], self.counts["host_blocks"] = self.gpu_totals.tolist()
+    def sum_visits(self):
+        """Bring the counts of attended blocks up to date: once a step, since sums of small tensors cost more than the
+        tensors."""
+        if self.gpu is not None:
+            self.counts["device_blocks"], self.counts["host_blocks"] = self.gpu.totals.tolist()
         if self._visited:
             for name, counts in zip(("device_blocks", "host_blocks"), zip(*self._visited, strict=True), strict=True):
                 self.counts[name] += int(torch.cat(counts).sum())
@@ -204,7 +204,7 @@ class Coordinator:
         if pool.importance.is_cuda:
             torch.cuda.synchronize()  # a batch may be in flight on SGLang's forward stream
         self.settle()
-        self._sum_visits()
+        self.sum_visits()
         if self.lane is not None:
             self._due |= self.lane.finish()
         used, moved = pool.residency.used, int(pool.moved)
@@ -223,5 +223,5 @@ class Coordinator:
             "exchanged_blocks": moved,
             "exchanged_bytes": moved * pool.block_bytes,
             **self.counts,
-            **self.gpu_times(),
+            **(self.gpu.times() if self.gpu is not None else {}),
         }

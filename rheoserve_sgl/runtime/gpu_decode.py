@@ -38,7 +38,8 @@ class GpuDecode:
         self.seconds = environ.answer_seconds(ANSWER_SECONDS)
         self.asker = Asker(exchange, self.seconds, self.layers)
         self.step = GpuStep(pool, rules, exchange, self.asker)
-        self.coordinator.gpu_totals, self.coordinator.gpu_times = self.step.totals, self._times
+        self.totals = self.step.totals  # `[2]` int64, blocks attended in each tier
+        self.coordinator.gpu = self
         self.coordinator.swap(self.step.tables.rows(1))  # of no request: compiles what runs outside CUDA graphs
         torch.cuda.synchronize()
         self.coordinator.lane.finish()
@@ -52,10 +53,14 @@ class GpuDecode:
         self.check()
         self.step.begin(req_to_token, slots, lens, rows, batch, limits, self.coordinator.weight)
 
-    def _times(self) -> dict:
-        """Seconds that the CPU's threads attended, and that the GPU waited for them."""
-        waited = int(self.asker.waited) / 1e9
-        return {"host_attention_seconds": self.doorbell.busy_seconds, "exposed_wait_seconds": waited}
+    def times(self, waited: int | None = None) -> dict:
+        """Seconds that the CPU's threads attended, and that the GPU waited for them.
+
+        Args:
+            waited: nanoseconds of the latter, where they were read before; None: the GPU is asked for them
+        """
+        waited = int(self.asker.waited) if waited is None else waited
+        return {"host_attention_seconds": self.doorbell.busy_seconds, "exposed_wait_seconds": waited / 1e9}
 
     def expect(self):
         """A step's questions are about to come."""

@@ -1,0 +1,41 @@
+"""What a server tells of itself while it runs: counts since the start and frames in use, never waiting for a GPU."""
+
+import torch
+
+from rheoserve_sgl.coordinator.coordinator import Coordinator
+
+
+class Figures:
+    """Reads one coordinator's counts.
+
+    On a GPU they are copied to pinned memory when asked for, and told when asked for the next time.
+    """
+
+    def __init__(self, coordinator: Coordinator):
+        self._coordinator, self._pool = coordinator, coordinator.pool
+        self._room = torch.zeros(5, dtype=torch.int64, pin_memory=True) if self._pool.importance.is_cuda else None
+
+    def read(self) -> dict:
+        """Counts by name: blocks, bytes, seconds, frames."""
+        coordinator, pool, gpu = self._coordinator, self._pool, self._coordinator.gpu
+        seconds = {}
+        if gpu is None:
+            coordinator.sum_visits()
+            device_blocks, host_blocks = (coordinator.counts[name] for name in ("device_blocks", "host_blocks"))
+            moved, used = int(pool.moved), pool.residency.used
+        else:
+            device_blocks, host_blocks, moved, used, waited = self._room.tolist()
+            seconds = gpu.times(waited)
+            held = (pool.residency.owner >= 0).sum()
+            parts = (gpu.totals, pool.moved[None], held[None], gpu.asker.waited)
+            self._room.copy_(torch.cat(parts), non_blocking=True)
+        return seconds | {
+            "device_blocks": device_blocks,
+            "host_blocks": host_blocks,
+            "exchanged_bytes": moved * pool.block_bytes,
+            "exchanges": coordinator.counts["exchanges"],
+            "decode_steps": coordinator.counts["decode_steps"],
+            "frames": pool.frame_count * pool.layer_num,
+            "frames_used": used,
+            "host_pages": pool.host.pages - 1,
+        }

@@ -1,0 +1,89 @@
+"""RheoServe in SGLang's decode log line and, with `--enable-metrics`, in its Prometheus metrics.
+
+A scheduler process has one pool; its backend calls `observe`, and until then the hooks here do nothing.
+"""
+
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.coordinator.figures import Figures
+
+PREFIX = "sglang:rheoserve_"
+COUNTERS = {
+    "decode_steps": "Decode steps.",
+    "device_blocks": "Blocks that the device attended to, over all layers and KV heads.",
+    "host_blocks": "Blocks that the CPU attended to in place, over all layers and KV heads.",
+    "exchanges": "Exchanges of blocks between the tiers; swaps of a step are not counted.",
+    "exchanged_bytes": "Bytes copied from the host store into frames.",
+    "host_attention_seconds": "Seconds in which the CPU attended to blocks (on a GPU only).",
+    "exposed_wait_seconds": "Seconds in which the GPU waited for the CPU's attention (on a GPU only).",
+}
+GAUGES = {
+    "frames": "Frames on the device, each for one block.",
+    "frames_used": "Frames that hold a block.",
+    "host_pages": "Pages of 64 tokens that the host store has room for.",
+    "host_pages_used": "Pages of running requests; what only the radix tree holds can be evicted and is not counted.",
+}
+
+
+class Telemetry:
+    """Turns figures into parts of a log line, and into metrics."""
+
+    def __init__(self, figures: Figures):
+        self._figures = figures
+        self._logged = {"device_blocks": 0, "host_blocks": 0}
+        self._exported: dict[str, float] = {}
+        self._metrics: dict = {}
+
+    def log_parts(self) -> list[str]:
+        """Of the steps since the last line."""
+        now = self._figures.read()
+        attended = {name: now[name] - before for name, before in self._logged.items()}
+        self._logged = {name: now[name] for name in self._logged}
+        share = attended["host_blocks"] / max(sum(attended.values()), 1)
+        return [f"frame usage: {now['frames_used'] / max(now['frames'], 1):.2f}", f"host share: {share:.3f}"]
+
+    def export(self, labels: dict[str, str], used_tokens: int):
+        """Bring the metrics up to date.
+
+        Args:
+            labels: SGLang's, of this scheduler
+            used_tokens: of running requests
+        """
+        if not self._metrics:
+            self._metrics = make_metrics(list(labels))
+        now = self._figures.read() | {"host_pages_used": -(-used_tokens // PAGE_TOKENS)}
+        for name in COUNTERS.keys() & now.keys():
+            self._metrics[name].labels(**labels).inc(max(now[name] - self._exported.get(name, 0), 0))
+            self._exported[name] = now[name]
+        for name in GAUGES:
+            self._metrics[name].labels(**labels).set(now[name])
+
+
+def make_metrics(labels: list[str]) -> dict:
+    """The metrics by name, registered with Prometheus' client."""
+    # Not before SGLang has set where several processes keep their metrics.
+    from prometheus_client import Counter, Gauge
+
+    counters = {name: Counter(PREFIX + name, text, labels) for name, text in COUNTERS.items()}
+    gauges = {name: Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent") for name, text in GAUGES.items()}
+    return counters | gauges
+
+
+_telemetry: Telemetry | None = None
+
+
+def observe(coordinator):
+    """Tell about this coordinator from now on."""
+    global _telemetry
+    _telemetry = Telemetry(Figures(coordinator))
+
+
+def add_log_parts(parts, pool_stats):
+    """AFTER `PoolStats.get_decode_usage_msg_parts`: two more parts of the decode log line."""
+    return parts if _telemetry is None else [*parts, *_telemetry.log_parts()]
+
+
+def export_metrics(result, collector, stats):
+    """AFTER `SchedulerMetricsCollector.log_stats`: ours beside SGLang's, with the same labels."""
+    if _telemetry is not None:
+        _telemetry.export(collector.labels, stats.num_used_tokens)
+    return result

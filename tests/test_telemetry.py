@@ -1,0 +1,70 @@
+"""What a live server tells: metrics, the decode log line, and a dashboard that asks for metrics that exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import requests
+from serving import random_prompts
+
+from rheoserve_sgl.runtime.telemetry import COUNTERS, GAUGES, PREFIX
+
+pytestmark = pytest.mark.server
+MONITORING = Path(__file__).parents[1] / "docs" / "monitoring"
+ON_A_GPU = {"host_attention_seconds", "exposed_wait_seconds"}
+
+
+def metrics(server) -> dict[str, float]:
+    """Samples by name, summed over labels."""
+    samples = {}
+    for line in requests.get(server.url + "/metrics", timeout=60).text.splitlines():
+        if found := re.fullmatch(r"([a-zA-Z_:]+)(?:\{.*\})? (\S+)", line):
+            samples[found[1]] = samples.get(found[1], 0.0) + float(found[2])
+    return samples
+
+
+def test_counters_grow_with_the_work_and_agree_with_server_info(full):
+    full.generate(random_prompts(1, [1500]), 9)
+    before, told_before = metrics(full), full.rheo()
+    full.generate(random_prompts(2, [1500, 300]), 40)
+    after, told = metrics(full), full.rheo()
+
+    def grown(name):
+        return after[f"{PREFIX}{name}_total"] - before[f"{PREFIX}{name}_total"]
+
+    interval = 4  # steps between reports
+    assert abs(grown("decode_steps") - (told["decode_steps"] - told_before["decode_steps"])) <= 2 * interval
+    assert grown("device_blocks") > 0 and grown("host_blocks") > 0
+    spent = told["host_blocks"] - told_before["host_blocks"]
+    assert abs(grown("host_blocks") - spent) <= spent * 2 * interval / 39 + 1
+    assert after[PREFIX + "frames"] == told["frames_used"] + told["frames_free"]
+    assert after[PREFIX + "host_pages"] == told["host_pages_used"] + told["host_pages_free"]
+    assert 0 < after[PREFIX + "frames_used"] <= after[PREFIX + "frames"]
+
+
+def test_every_metric_is_there_with_sglangs_labels(full):
+    full.generate(random_prompts(3, [10]), 9)
+    text = requests.get(full.url + "/metrics", timeout=60).text
+    for name in COUNTERS.keys() - ON_A_GPU:
+        assert re.search(rf"^{PREFIX}{name}_total\{{[^}}]*model_name=", text, re.M), name
+    for name in GAUGES:
+        assert re.search(rf"^{PREFIX}{name}\{{[^}}]*model_name=", text, re.M), name
+
+
+def test_the_decode_log_line_tells_of_frames_and_of_the_cpus_share(full):
+    full.generate(random_prompts(4, [1500]), 9)
+    lines = re.findall(r"Decode batch.*frame usage: (\d\.\d\d), host share: (\d\.\d{3})", full.log.read_text())
+    assert lines and all(0 <= float(x) <= 1 for line in lines for x in line)
+    assert any(float(share) > 0.5 for _, share in lines)  # frames for 512 tokens, prompts of 1500
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(full):
+    full.generate(random_prompts(5, [10]), 9)
+    there = set(metrics(full)) | {f"{PREFIX}{name}_total" for name in ON_A_GPU}
+    panels = json.loads((MONITORING / "dashboards" / "rheoserve.json").read_text())["panels"]
+    assert len(panels) >= 6
+    for panel in panels:
+        for target in panel["targets"]:
+            asked = set(re.findall(r"sglang:[a-z_]+", target["expr"]))
+            assert asked and asked <= there, f"{panel['title']}: {asked - there}"
