@@ -4,7 +4,8 @@ PORT ?= 30000
 MODEL ?= rheoserve_sgl/nano/model
 ARGS ?=
 # Few frames for the bundled model, so that a long prompt shows both tiers at work.
-DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-device-tokens 4096 --rheoserve-host-ratio 32)
+DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-device-tokens 4096 --rheoserve-host-ratio 32 \
+	--rheoserve-gate-path $(MODEL)/gate)
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
@@ -32,7 +33,8 @@ bench: .venv/ready
 	$(PY) benchmarks/bench_decode_cpu.py $(ARGS)
 
 bench-gpu: .venv/ready
-	$(PY) benchmarks/bench_ops.py $(ARGS)
+	$(PY) benchmarks/bench_ops.py
+	$(PY) benchmarks/bench_decode.py $(ARGS)
 
 # Editable, so that changes to the Python files need no reinstall; changes to csrc/ do.
 .venv/ready: pyproject.toml $(wildcard csrc/*.* csrc/isa/*)

@@ -1,6 +1,7 @@
 """Distillation of gates: the target against a plain loop, the loss going down, runs that are taken up again."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from rheoserve_sgl.gate import distill
 from rheoserve_sgl.gate.checkpoint import ModelShape, read_gate
+from rheoserve_sgl.gate.distiller import Seen
 from rheoserve_sgl.gate.sequences import load_sequences
 from rheoserve_sgl.gate.target import block_targets, earlier_blocks, far_blocks, gate_loss
 
@@ -100,6 +102,37 @@ def test_what_is_kept_of_a_sequence_is_what_is_seen_anew(checkpoints, text, tmp_
     distill.main([*arguments(checkpoints, text, tmp_path / "long", steps=20), "--keep"])
     curve = json.loads((tmp_path / "long" / "loss_curve.json").read_text())
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+
+
+def test_queries_that_attend_far_are_drawn_more_often():
+    """And heads that do not, of a query that was drawn for another, hardly count."""
+    far = torch.rand(400, 2).pow(8)
+    positions, targets = torch.arange(400), torch.rand(400, 2, 3)
+    whole = Seen(positions, torch.zeros(400, 2, 1, 4), torch.zeros(3, 2, 4), targets, targets[:, 0] > 0.5, far)
+    parts = [
+        replace(whole, **{n: getattr(whole, n)[at] for n in ("positions", "q", "targets", "mask", "weights")})
+        for at in (slice(0, 150), slice(150, 400))
+    ]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [Seen.draw(parts, 40, generator) for _ in range(50)]
+    for seen in drawn:
+        assert len(set(seen.positions.tolist())) == 40
+        assert torch.equal(seen.targets, targets[seen.positions]) and torch.equal(seen.mask, whole.mask[seen.positions])
+        torch.testing.assert_close(seen.weights.sum(1), torch.ones(40), rtol=1e-3, atol=1e-3)
+        assert torch.equal(seen.weights.argmax(1), far[seen.positions].argmax(1))
+    mean = torch.stack([far[seen.positions].sum(1).mean() for seen in drawn]).mean()
+    assert mean > 2 * far.sum(1).mean()
+
+
+def test_candidates_need_a_window_and_lower_the_loss(checkpoints, text, tmp_path, capsys):
+    extra = {"window-tokens": 128, "candidates": 128}
+    distill.main([*arguments(checkpoints, text, tmp_path, **extra), "--keep"])
+    curve = json.loads((tmp_path / "loss_curve.json").read_text())
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    for wrong in ({"candidates": 128}, {"candidates": 32, "window-tokens": 128}):
+        with pytest.raises(SystemExit):
+            distill.parse(arguments(checkpoints, text, tmp_path, **wrong))
+        assert "legal: with --window-tokens, at least --queries, 64" in capsys.readouterr().err
 
 
 class Bytes:

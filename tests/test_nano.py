@@ -125,9 +125,11 @@ def ours_weights(path):
 
 @pytest.mark.server
 def test_the_bundled_model_finds_values_in_a_long_text(tmp_path, capsys):
-    """In the default mode with few frames: most of the text is attended to by the CPU, or not at all."""
+    """In the default mode with its own gate and few frames: most is attended to by the CPU, or not at all."""
     args = ["--dtype", "bfloat16", "--rheoserve-device-tokens", "1024", "--rheoserve-token-budget", "2048"]
+    args += ["--rheoserve-gate-path", str(BUNDLED / "gate")]
     with rheo_server(BUNDLED, args, tmp_path) as server:
+        assert server.rheo()["settings"]["selector"] == "seer"
         assert ask.main(["--url", server.url, "--tokens", "3000"]) == 0, capsys.readouterr().out
         assert server.rheo()["host_blocks"] > 0
 

@@ -119,6 +119,7 @@ def settings_of(args) -> dict:
         "no_qk_norm",
         "no_rope",
         "window_tokens",
+        "candidates",
         "dtype",
     )
     return {name: getattr(args, name) for name in names} | {
@@ -149,6 +150,12 @@ def parse(argv=None) -> argparse.Namespace:
         "default: all blocks, as published. Not for --rheoserve-threshold: the scores of what is left out mean nothing",
     )
     parser.add_argument(
+        "--candidates",
+        type=int,
+        help="with --window-tokens: draw the --queries of each sequence from so many, by how much they attend far; in "
+        "long sequences few do. Default: --queries, all of them taken",
+    )
+    parser.add_argument(
         "--keep",
         action="store_true",
         help="keep in the host's memory what is seen of each sequence, so that only the first pass over them runs the "
@@ -167,6 +174,9 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error(f"--window-tokens is {args.window_tokens}; legal: multiples of {PAGE_TOKENS}, at least 0")
     if args.window_tokens is not None and args.window_tokens > args.context // 2:
         parser.error(f"--window-tokens is {args.window_tokens}; legal: at most half of --context, {args.context // 2}")
+    if args.candidates is not None and (args.window_tokens is None or args.candidates < args.queries):
+        legal = f"with --window-tokens, at least --queries, {args.queries}"
+        parser.error(f"--candidates is {args.candidates}; legal: {legal}")
     if not 0 <= args.late < 1:
         parser.error(f"--late is {args.late}; legal: 0 or more, below 1")
     return args
@@ -187,7 +197,7 @@ def main(argv=None):
         use_qk_norm=not args.no_qk_norm,
         use_rope=not args.no_rope,
     )
-    distiller = Distiller(model, config, args.queries, args.late, args.seed, args.window_tokens)
+    distiller = Distiller(model, config, args.queries, args.late, args.seed, args.window_tokens, args.candidates)
     curve = train(distiller, sequences, args)
     write_gate(args.out, config, distiller.layers, str(args.model))
     (args.out / CURVE).write_text(json.dumps([round(loss, 5) for loss in curve]) + "\n")

@@ -7,7 +7,7 @@ import torch
 from rheoserve_sgl.gate.attn_gate import GateWeights, pool_blocks, project_key, project_query, rotate
 from rheoserve_sgl.gate.capture import attention_layers, rope_of, visit_attention
 from rheoserve_sgl.gate.checkpoint import GateConfig, ModelShape
-from rheoserve_sgl.gate.target import block_targets, earlier_blocks, far_blocks, gate_loss
+from rheoserve_sgl.gate.target import TINY, block_targets, earlier_blocks, far_blocks, gate_loss
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,17 @@ class Seen:
     mask: torch.Tensor
     weights: torch.Tensor | None
 
+    @classmethod
+    def draw(cls, parts: "list[Seen]", count: int, generator: torch.Generator) -> "Seen":
+        """`count` of the queries of all parts, drawn by their weights; what is left of those tells heads apart."""
+        names = ("positions", "q", "targets", "mask", "weights")
+        all_of = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        chance = all_of["weights"].sum(1)
+        drawn = torch.multinomial(chance.cpu() + TINY, count, generator=generator).to(chance.device)
+        taken = {name: tensor[drawn] for name, tensor in all_of.items()}
+        taken["weights"] = taken["weights"] / (chance[drawn, None] + TINY)
+        return cls(pooled=parts[0].pooled, **taken)
+
     def to(self, device) -> "Seen":
         return Seen(*(tensor if tensor is None else tensor.to(device) for tensor in vars(self).values()))
 
@@ -41,9 +52,21 @@ class Distiller:
         late: queries are drawn from the last (1 - late) of a sequence
         window: tokens before a query's block that are always attended to: only what lies farther, and not in the first
             block, is learnt, each query by how much it attends there; None: all blocks and queries alike, as published
+        candidates: with a window, of how many queries those are drawn, by how much they attend there: far recalls are
+            rare in long sequences; None: of as many
     """
 
-    def __init__(self, model, config: GateConfig, queries: int, late: float, seed: int, window: int | None = None):
+    def __init__(
+        self,
+        model,
+        config: GateConfig,
+        queries: int,
+        late: float,
+        seed: int,
+        window: int | None = None,
+        candidates: int | None = None,
+    ):
+        self.candidates = candidates or queries
         self.model, self.config, self.queries, self.late = model.eval().requires_grad_(False), config, queries, late
         self.window = window
         self.shape = shape_of(model)
@@ -83,13 +106,20 @@ class Distiller:
         if self.rope is None or len(self.rope) < len(sequence):
             self.rope = rope_of(self.model, len(sequence))
         first = min(int(self.late * len(sequence)), len(sequence) - 1)
-        positions = first + torch.randint(len(sequence) - first, (self.queries,), generator=self.draw)
+        positions = first + torch.randint(len(sequence) - first, (self.candidates,), generator=self.draw)
         positions = positions.to(self.rope.device)
         with (
             torch.no_grad(),
-            visit_attention(self.model, lambda layer, q, k: take(layer, self._see(layer, q, k, positions))),
+            visit_attention(self.model, lambda layer, q, k: take(layer, self._pick(layer, q, k, positions))),
         ):
             self.model.model(sequence[None].to(self.rope.device), use_cache=False)
+
+    def _pick(self, layer: int, q, k, positions) -> "Seen":
+        """What the layer's gate learns: of all positions, or of those that attend far."""
+        if self.candidates == self.queries:
+            return self._see(layer, q, k, positions)
+        parts = [self._see(layer, q, k, some) for some in positions.split(self.queries)]
+        return Seen.draw(parts, self.queries, self.draw)
 
     def _see(self, layer: int, q, k, positions) -> "Seen":
         block = self.config.gate_block_size
