@@ -4,6 +4,8 @@ SGLang's plugin loader logs and swallows exceptions, and would serve on without 
 called from the attention backend, which is looked up by name and so cannot be lost in silence.
 """
 
+import inspect
+import pkgutil
 import sys
 from dataclasses import dataclass
 
@@ -85,6 +87,27 @@ def hooks_for(in_scheduler: bool) -> list[Hook]:
     elif ENGINE in sys.modules:
         roles.add("engine")
     return [hook for hook in HOOKS if hook.role in roles]
+
+
+def misfit(hook: Hook) -> str:
+    """Why a hook does not fit the installed SGLang: its target or handler does not exist, or the handler cannot take
+    the target's arguments. "" if it fits."""
+    try:
+        target, handler = pkgutil.resolve_name(hook.target), pkgutil.resolve_name(hook.handler)
+    except (ImportError, AttributeError) as error:
+        return f"{hook.target}: {error}"
+    if hook.kind == "replace":
+        fits = issubclass(handler, target) or issubclass(target, handler)
+        return "" if fits else f"{hook.target}: {hook.handler} is no subclass of it"
+    given = inspect.signature(inspect.unwrap(target)).parameters.values()
+    positional = [None] * sum(p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in given)
+    keywords = {p.name: None for p in given if p.kind == p.KEYWORD_ONLY}
+    extra = [None] if hook.kind in ("around", "after") else []
+    try:
+        inspect.signature(handler).bind(*extra, *positional, **keywords)
+    except TypeError as error:
+        return f"{hook.target}: {hook.handler}: {error}"
+    return ""
 
 
 def require_hooks():

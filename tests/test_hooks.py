@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rheoserve_sgl import SGLANG_VERSION
-from rheoserve_sgl.hooks import HOOKS
+from rheoserve_sgl.hooks import HOOKS, Hook, misfit
 
 README = Path(__file__).parents[1] / "patches" / "README.md"
 FIELDS = ("Target", "Why", "How", "Upstream", "Goes when")
@@ -25,17 +25,18 @@ def test_sglang_is_the_release_this_is_made_for():
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target)
 def test_target_and_handler_exist_and_fit(hook):
-    target, handler = pkgutil.resolve_name(hook.target), pkgutil.resolve_name(hook.handler)
-    if hook.kind == "replace":
-        assert issubclass(handler, target) or issubclass(target, handler)
-        return
-    assert callable(target) and callable(handler)
-    given = list(inspect.signature(inspect.unwrap(target)).parameters.values())
-    taken = inspect.signature(handler)
-    positional = [object()] * sum(p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in given)
-    keywords = {p.name: object() for p in given if p.kind == p.KEYWORD_ONLY}
-    extra = [object()] if hook.kind in ("around", "after") else []
-    taken.bind(*extra, *positional, **keywords)  # raises TypeError if the handler cannot take the call
+    assert misfit(hook) == ""
+
+
+def test_what_does_not_fit_is_named():
+    leaving = "rheoserve_sgl.runtime.lifecycle.request_left"
+    release = "sglang.srt.mem_cache.common.release_kv_cache"
+    assert misfit(Hook(release, "before", leaving)) == ""
+    assert "no_such_place" in misfit(Hook("sglang.srt.no_such_place.f", "before", leaving))
+    assert "no_such_handler" in misfit(Hook(release, "before", "rheoserve_sgl.runtime.lifecycle.no_such_handler"))
+    assert "missing a required argument" in misfit(Hook("os.getcwd", "before", leaving))
+    args = "sglang.srt.server_args.ServerArgs"
+    assert "is no subclass of it" in misfit(Hook(args, "replace", "rheoserve_sgl.hooks.Hook"))
 
 
 def test_every_hook_has_an_entry_in_patches_and_every_entry_a_hook():
