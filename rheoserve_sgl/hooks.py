@@ -32,6 +32,7 @@ class Hook:
 
 _SIZES = SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator."
 _REPORTS = SRT + "managers.scheduler_components."
+_XGRAMMAR = SRT + "constrained.xgrammar_backend."
 _OURS = "rheoserve_sgl.runtime."
 
 HOOKS = (
@@ -51,6 +52,8 @@ HOOKS = (
         "before",
         _OURS + "platform_cpu.plain_groups",
     ),
+    Hook(_XGRAMMAR + "_allocate_token_bitmask", "around", _OURS + "platform_cpu.plain_bitmask"),
+    Hook(_XGRAMMAR + "XGrammarGrammar.apply_vocab_mask", "around", _OURS + "platform_cpu.apply_bitmask"),
     Hook(
         SRT + "models.utils.enable_fused_set_kv_buffer",
         "around",

@@ -1,6 +1,7 @@
 """A real server's interfaces: native, OpenAI, streaming, sgl.function, /server_info."""
 
 import json
+import re
 
 import pytest
 from serving import random_prompts
@@ -41,6 +42,22 @@ def test_openai_client(full):
     completion = client.completions.create(prompt="a block is", **settings)
     streamed = client.completions.create(prompt="a block is", stream=True, **settings)
     assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == completion.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("rule", "matches"),
+    [
+        ({"regex": r"[0-9]{3,6}"}, lambda text: re.fullmatch(r"[0-9]{3,6}", text)),
+        ({"ebnf": 'root ::= "yes, " ("please" | "thanks")'}, lambda text: text in ("yes, please", "yes, thanks")),
+    ],
+)
+def test_structured_output_beside_a_free_request(full, rule, matches):
+    free = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    sampling = [free, {"temperature": 0.7, "max_new_tokens": 60} | rule]
+    answers = full.post("/generate", {"text": ["a", "a number: "], "sampling_params": sampling}).json()
+    alone = full.post("/generate", {"text": "a", "sampling_params": free}).json()
+    assert matches(answers[1]["text"]), answers[1]["text"]
+    assert answers[0]["output_ids"] == alone["output_ids"]
 
 
 def test_openai_requests_carry_options(full):

@@ -72,3 +72,21 @@ def plain_groups(*args, **kwargs):
     if isinstance(current_platform, PlainCpuPlatform):
         kwargs |= {"use_pynccl": False, "use_custom_allreduce": False}
     return args, kwargs
+
+
+def plain_bitmask(original, vocab_size: int, batch_size: int) -> torch.Tensor:
+    """AROUND xgrammar's `_allocate_token_bitmask`, which pins: there is no driver to do it."""
+    if torch.cuda.is_available():
+        return original(vocab_size, batch_size)
+    import xgrammar
+
+    return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
+
+
+def apply_bitmask(original, grammar, logits: torch.Tensor, vocab_mask: torch.Tensor):
+    """AROUND `XGrammarGrammar.apply_vocab_mask`, which refuses a CPU: xgrammar has an operator for it."""
+    if logits.device.type != "cpu":
+        return original(grammar, logits, vocab_mask)
+    import xgrammar
+
+    return xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)

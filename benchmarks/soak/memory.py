@@ -1,0 +1,47 @@
+"""Whether a server's memory grows while the same traffic goes on."""
+
+import threading
+
+import psutil
+
+EVERY = 2.0  # seconds between looks
+MB = 10**6
+
+
+class MemoryWatch:
+    """Looks at the resident memory of a process and its children, until it is closed."""
+
+    def __init__(self, pid: int):
+        self._process, self._stop = psutil.Process(pid), threading.Event()
+        self.bytes: list[int] = []
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self):
+        while not self._stop.wait(EVERY):
+            total = 0
+            for process in (self._process, *self._process.children(recursive=True)):
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    pass
+            self.bytes.append(total)
+
+    def growth(self) -> dict:
+        """MB at the end of each third (median of its last quarter): the first fills caches, the others are compared."""
+        third = len(self.bytes) // 3
+        if third < 4:
+            return {}
+        ends = [sorted(self.bytes[third * i - max(third // 4, 1) : third * i]) for i in (1, 2, 3)]
+        middle = [end[len(end) // 2] / MB for end in ends]
+        return {
+            "thirds_mb": [round(value) for value in middle],
+            "last_third_grew": round(middle[2] / middle[1] - 1, 4),
+        }
