@@ -1,0 +1,44 @@
+"""How a profiler's trace is split into the parts of a step."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from step_split import kernels_of, part_of, split_step
+
+
+def event(name: str, at: float, took: float, stream: int = 7, cat: str = "kernel") -> dict:
+    return {"cat": cat, "name": name, "ts": at, "dur": took, "args": {"stream": stream}}
+
+
+def step(at: float) -> list[dict]:
+    """100 us: 60 of kernels, 40 of nothing, and a copy beside them."""
+    own = [("_snapshot", 5), ("nvjet_tst_gemm", 20), ("_score", 5), ("_plan", 5), ("_attend_split", 15), ("_merge", 10)]
+    events = [event(name, at + 10 * number, took) for number, (name, took) in enumerate(own)]
+    return [*events, event("_fill", at + 3, 50, stream=9)]
+
+
+def test_steps_are_whole_and_parts_add_up(tmp_path):
+    trace = tmp_path / "trace.json.gz"
+    events = [event("python", 0, 500, cat="cpu_op"), event("_merge", -20, 10), *step(0), *step(100), *step(200)]
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    split = split_step(kernels_of(trace))
+    assert split["steps"] == 2 and split["step"] == 0.1 and split["beside"] == 0.05
+    assert split["weights"] == 0.02 and split["score and plan"] == 0.01 and split["resident"] == 0.015
+    assert split["merge and wait"] == 0.01 and split["append"] == 0.005 and split["between kernels"] == 0.04
+    assert split["kernels"]["score and plan"] == 2
+
+
+def test_a_trace_without_two_steps_is_refused():
+    with pytest.raises(ValueError, match="has 1 kernels named _snapshot; needed: 2"):
+        split_step([{"name": "_snapshot", "stream": 7, "at": 0, "took": 1}])
+
+
+def test_kernels_of_others_are_not_ours():
+    assert part_of("void at::native::_scatter_gather_elementwise") == "other"
+    assert part_of("_draw") == "score and plan" and part_of("_claim") == "swap"
+    assert part_of("sm90_xmma_gemm_bf16") == "weights"
