@@ -1,0 +1,96 @@
+"""What goes wrong around a server ends in a clear error for whom it touches; everybody else has their whole answer."""
+
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import requests
+from serving import random_prompts, rheo_server
+
+from benchmarks.soak.traffic import BAD, Traffic
+
+pytestmark = pytest.mark.server
+
+
+class Ask(threading.Thread):
+    """A greedy request in a thread of its own."""
+
+    def __init__(self, server, prompt: list[int], new_tokens: int, **extra):
+        super().__init__(daemon=True)
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        self.url, self.reply = server.url + "/generate", None
+        self.body = {"input_ids": prompt, "sampling_params": sampling, **extra}
+        self.start()
+
+    def run(self):
+        self.reply = requests.post(self.url, json=self.body, timeout=300)
+
+    def answer(self) -> list[int]:
+        self.join(300)
+        assert self.reply is not None and self.reply.status_code == 200, self.reply and self.reply.text
+        return self.reply.json()["output_ids"]
+
+
+def running(server) -> int:
+    return server.rheo()["decode_steps"]
+
+
+def wait_for_decoding(server):
+    """Until decode steps go by."""
+    first = running(server)
+    for _ in range(200):
+        if running(server) > first + 2:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing decodes:\n{server.tail()}")
+
+
+def test_bad_requests_are_named_and_touch_nobody(full):
+    [prompt] = random_prompts(50, [700])
+    [expected] = full.tokens([prompt], 60)
+    beside = Ask(full, prompt, 60)
+    for name, body in BAD.items():
+        reply = requests.post(full.url + "/generate", json=body, timeout=60)
+        assert reply.status_code in (400, 422), f"{name}: {reply.status_code} {reply.text}"
+        assert "error" in reply.text or "detail" in reply.text, name
+    assert beside.answer() == expected
+
+
+def test_a_rid_in_use_is_refused_and_its_owner_served(full):
+    prompts = random_prompts(51, [600, 300])
+    [expected] = full.tokens(prompts[:1], 150)
+    owner = Ask(full, prompts[0], 150, rid="taken")
+    wait_for_decoding(full)
+    second = full.post("/generate", {"input_ids": prompts[1], "rid": "taken", "sampling_params": {"max_new_tokens": 4}})
+    assert second.status_code == 400 and "taken" in second.text
+    assert owner.answer() == expected
+
+
+def test_clients_that_leave_cost_nobody_an_answer(full):
+    [prompt] = random_prompts(52, [900])
+    [expected] = full.tokens([prompt], 100)
+    beside = Ask(full, prompt, 100)
+    traffic = Traffic(full.url, 0)
+    traffic._kinds = {traffic.leave_the_stream: 2, traffic.abort: 1}
+    traffic.run(workers=4, seconds=8)
+    assert not traffic.failures and traffic.done["leave_the_stream"] > 0
+    assert beside.answer() == expected
+    after = full.settle()
+    assert after["frames_used"] == after["host_pages_used"] == 0
+
+
+def test_sigterm_while_busy_lets_answers_end_and_leaves_no_process(checkpoints, tmp_path):
+    args = ["--rheoserve-mode", "full", "--rheoserve-device-tokens", "512"]
+    with rheo_server(checkpoints.path(), args, tmp_path) as server:
+        prompts = random_prompts(53, [700, 1200])
+        expected = server.tokens(prompts, 80)
+        asked = [Ask(server, prompt, 80) for prompt in prompts]
+        wait_for_decoding(server)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
+        assert [one.answer() for one in asked] == expected
+        server.process.wait(60)
+        _, left = psutil.wait_procs(family, timeout=30)
+        assert not left, left
