@@ -9,7 +9,7 @@ DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-device-toke
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: serve test test-gpu lint format bench bench-gpu clean
+.PHONY: serve test test-gpu lint format bench bench-gpu soak clean
 
 serve: .venv/ready
 	@$(PY) -m rheoserve_sgl.nano.announce http://127.0.0.1:$(PORT) $$$$ & \
@@ -35,6 +35,9 @@ bench: .venv/ready
 bench-gpu: .venv/ready
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/bench_decode.py $(ARGS)
+
+soak: .venv/ready
+	$(PY) -m benchmarks.soak $(ARGS)
 
 # Editable, so that changes to the Python files need no reinstall; changes to csrc/ do.
 .venv/ready: pyproject.toml $(wildcard csrc/*.* csrc/isa/*)
