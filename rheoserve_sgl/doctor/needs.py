@@ -58,6 +58,7 @@ def needs_of(model: Path, tp_size: int) -> Needs:
     """
     from sglang.srt.configs.model_config import ModelConfig
 
+    from rheoserve_sgl.gate import make_gate
     from rheoserve_sgl.refusals import refuse_model
 
     if not (model / "config.json").is_file():
@@ -72,7 +73,7 @@ def needs_of(model: Path, tp_size: int) -> Needs:
     blocks = layers * heads / PAGE_TOKENS  # of a token
     return Needs(
         token_bytes=2 * layers * heads * dim * itemsize,
-        key_bytes=blocks * (2 * dim * itemsize + TABLES),
+        key_bytes=blocks * (make_gate("quest").key_dim(dim) * itemsize + TABLES),
         weights=sum(file.stat().st_size for file in files) // tp_size,
     )
 
