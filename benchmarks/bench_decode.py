@@ -47,7 +47,7 @@ COUNTS = (
     *("decode_steps", "device_blocks", "host_blocks", "exchanged_bytes"),
     *("host_attention_seconds", "exposed_wait_seconds"),
 )
-PROFILE_AFTER, PROFILE_STEPS = 1.0, 12  # seconds of a generation, decode steps
+PROFILE_STEPS = 12
 SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
 
 
@@ -55,7 +55,7 @@ def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
     """Flags and program of each system that was asked for."""
     tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
     own = ["--page-size", "64", "--max-total-tokens", str(tokens)]
-    host_gb = 1.05 * args.requests * (args.context + 2 * (args.warm + args.steps)) * TOKEN_BYTES / 1e9
+    host_gb = 1.02 * args.requests * (args.context + 2 * (args.warm + args.steps)) * TOKEN_BYTES / 1e9
     rheo = ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
     rheo += [
         "--rheoserve-host-size",
@@ -111,10 +111,12 @@ def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
 
 
 def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> dict:
-    """How the GPU's time of some steps in the middle of a generation is split; the trace stays in `folder`."""
+    """How the GPU's time of some steps after the warm-up is split; the trace stays in `folder`."""
+    before = server.rheo()["decode_steps"]
     with ThreadPoolExecutor(1) as beside:
         answer = beside.submit(server.tokens, prompts, args.warm + args.steps)
-        time.sleep(PROFILE_AFTER)
+        while server.rheo()["decode_steps"] < before + args.warm and not answer.done():
+            time.sleep(0.1)
         order = {"output_dir": str(folder), "num_steps": PROFILE_STEPS, "activities": ["GPU"]}
         server.post("/start_profile", order | {"profile_prefix": f"decode-{len(prompts)}"})
         answer.result()

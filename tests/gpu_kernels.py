@@ -10,7 +10,7 @@ from test_attention import check, make_visit, oracle
 from test_attn_gate import make_weights
 
 from rheoserve_sgl.cache.pool import addresses
-from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED, Moves, Residency
+from rheoserve_sgl.cache.residency import ARRIVING, RESERVED, Moves, Residency
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.coordinator.swap import Ranking, swap_torch
 from rheoserve_sgl.gate import make_gate
@@ -23,7 +23,7 @@ from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
-from rheoserve_sgl.ops.gpu.move import fill_frames
+from rheoserve_sgl.ops.gpu.move import BESIDE, fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -180,6 +180,37 @@ def test_score_and_plan_equal_torch(rule, selector, heads):
         if rule.needs_scores:
             gained += 2.0 * expected.chosen[row, :, : len(ids)].T
         torch.testing.assert_close(there[3].cpu()[ids], gained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("done", [0, BESIDE - 1, BESIDE])
+def test_blocks_that_came_to_this_layer_are_read_from_their_frames(done):
+    """Only once every program that copies is done with the layer; until then the CPU visits them."""
+    rule = Rule(Select.ALL, 1, 1)
+    table, where, _, batch = make_batch([700, 1000], context=1024, pages=100)
+    frame_of = torch.randint(-99, 99, (100, 2), dtype=torch.int32).clamp(min=-1)
+    coming = torch.rand(100, 2) < 0.5
+    given = frame_of.where(~coming | (frame_of < 0), ARRIVING - frame_of).to(DEVICE)
+    known = frame_of if done == BESIDE else frame_of.where(~coming, -1)
+    expected = plan_torch(rule, None, batch.pages, batch.n_pages, batch.tail_len, known)
+    tables, exchange = (
+        tables_of(table, where, torch.tensor([700, 1000])),
+        Exchange.make(4, 2, 1, 64, 16, DEVICE == "cuda"),
+    )
+    lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((4, 2, 16), (4, 2), (4, 2))]
+    device, totals = Visit(*lists), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    others = (torch.zeros(s, device=DEVICE) for s in ((100, 2), 1))
+    budgets = torch.zeros_like(lists[1][:, 0])
+    q, arrived = torch.randn(4, 2, 1, 64, device=DEVICE), torch.tensor([done], dtype=torch.int32, device=DEVICE)
+    visited = torch.zeros_like(lists[1])
+    plan_gpu(rule, q, tables, None, given, *others, budgets, exchange, device, visited, totals, arrived=arrived)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    for got, wanted in ((device, expected.device), (exchange.visit, expected.host)):
+        assert torch.equal(got.count[:2].cpu(), wanted.count)
+        parts = zip(
+            got.blocks[:2].flatten(0, 1).cpu(), wanted.blocks.flatten(0, 1), wanted.count.flatten(), strict=True
+        )
+        assert all(torch.equal(mine[:count], theirs[:count]) for mine, theirs, count in parts)
 
 
 def test_requests_that_are_all_resident_are_quiet_but_for_every_eighth_step():
@@ -347,7 +378,9 @@ def test_frames_are_filled_from_the_host_store(dim, dtype):
     own = [layer.to(DEVICE) for layer in frames]
     pinned = [layer.pin_memory() for layer in host] if DEVICE == "cuda" else host
     where = (addresses(tensors, DEVICE) for tensors in (pinned, own))
-    fill_frames(*where, host[0][0].nbytes, moved(moves, DEVICE), programs=2)
+    arrived = torch.tensor([0, 5, 0], dtype=torch.int32, device=DEVICE)
+    fill_frames(*where, host[0][0].nbytes, moved(moves, DEVICE), programs=2, arrived=arrived)
+    assert arrived.tolist() == [2, 7, 2]
     for layer, right in zip(own, expected, strict=True):
         assert torch.equal(layer.cpu(), right)
 
@@ -391,7 +424,7 @@ def test_swaps_equal_torch(mode, shared):
             residency.admit(moves)
         held = torch.nonzero(mine.frame_of >= 0).tolist()
         assert len(held) == int((mine.owner >= 0).sum()) == int((residency.owner >= 0).sum())
-        assert not (mine.frame_of == ON_ITS_WAY).any() and not (mine.owner == RESERVED).any()
+        assert not (mine.frame_of < -1).any() and not (mine.owner == RESERVED).any()
         for layer, page, head in held:
             assert mine.owner[layer, mine.frame_of[layer, page, head]] == page * heads + head
         if shared:  # from the same state again

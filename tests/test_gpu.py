@@ -14,9 +14,9 @@ from test_score import table
 from rheoserve_sgl.cache.host_store import HostStore
 from rheoserve_sgl.coordinator.exchange import equal_shares
 from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.ops import prefill
 from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
-from rheoserve_sgl.ops.prefill import prefill_attention
 from rheoserve_sgl.ops.score import score
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -59,16 +59,32 @@ def test_a_decode_step_equals_the_cpu(dtype, group):
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("run", "dtype"),
+    [
+        ("torch", torch.float32),
+        ("torch", torch.bfloat16),
+        ("flash 2", torch.bfloat16),
+        ("flash 3", torch.bfloat16),
+        ("flash 3", torch.float16),
+    ],
+)
 @pytest.mark.parametrize(("tokens", "before"), [(1, 0), (65, 0), (63, 64), (200, 1000), (1, 777)])
-def test_prefill_attention_equals_float64(dtype, tokens, before):
+def test_prefill_attention_equals_float64(run, dtype, tokens, before, monkeypatch):
     torch.manual_seed(tokens)
+    if run == "flash 3" and prefill.flash_attention_3() is None:
+        pytest.skip("this GPU has no FlashAttention-3")
+    if run == "flash 2":
+        monkeypatch.setattr(prefill, "flash_attention_3", lambda: None)
     heads, kv_heads, dim = 8, 2, 64
     q = torch.randn(tokens, heads, dim, device="cuda").to(dtype)
     kv = torch.randn(2, kv_heads, before + tokens, dim, device="cuda").to(dtype)
     k, v = (t[:, before:].transpose(0, 1).contiguous() for t in kv)
     prefix = kv[:, :, :before].contiguous() if before else None
-    out = prefill_attention(q, k, v, prefix, 0.125)
+    if run == "torch":
+        out = prefill.prefill_attention(q, k, v, prefix, 0.125)
+    else:
+        out = prefill.prefill_flash(q, k, v, None if prefix is None else prefix.transpose(1, 2), 0.125)
     keys, values = (t.double().repeat_interleave(heads // kv_heads, 0) for t in kv)
     logits = torch.einsum("thd,hsd->hts", q.double(), keys) * 0.125
     future = (
@@ -177,6 +193,16 @@ def test_48_requests_and_64k_tokens_equal_triton_within_rounding(checkpoints, tm
         whole = [
             same_up_to_rounding(mine, theirs) for mine, theirs in zip(crowd_and_long(server), expected, strict=True)
         ]
+        assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"
+        assert server.rheo()["host_blocks"] > 0
+        assert server.settle()["frames_used"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_tensor_parallel_ranks_equal_triton_within_rounding(reference, checkpoints, tmp_path):
+    args = ["--rheoserve-mode", "full", "--tp", "2", "--rheoserve-device-tokens", "1024", *HALF]
+    with rheo_server(checkpoints.path(), args, tmp_path) as server:
+        whole = [same_up_to_rounding(mine, theirs) for mine, theirs in zip(answers(server), reference, strict=True)]
         assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"
         assert server.rheo()["host_blocks"] > 0
         assert server.settle()["frames_used"] == 0

@@ -10,8 +10,10 @@ import torch
 from serving import rheo_server
 
 from benchmarks.nano import corpus, export, facts, samples, sequences, tokenizer, train
+from benchmarks.nano.gates import WINDOW
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
+from rheoserve_sgl.gate.checkpoint import read_gate
 from rheoserve_sgl.gate.sequences import load_sequences
 from rheoserve_sgl.nano import ask
 from rheoserve_sgl.nano.make import chat_tokenizer
@@ -100,11 +102,11 @@ def test_training_lowers_the_loss_goes_on_and_exports_the_same_model(made, words
     paths = ["--run", str(tmp_path), "--tokenizer", str(made), str(tmp_path / "s")]
     sequences.main([*paths, "--length", "128", "--count", "3"])
     assert load_sequences(tmp_path / "s.npy", None, 128).shape == (3, 128)
-    more = run(made, tmp_path / "more", steps=20, start=tmp_path / "weights.pt", lr=0.001)
-    assert [line["loss"] for line in more if "loss" in line][0] < 0.8 * losses[0]
     with pytest.raises(ValueError, match="of another model"):
         run(made, tmp_path, steps=65, hidden=32)
     export.main(["--run", str(tmp_path), "--tokenizer", str(made), "--out", str(tmp_path / "model")])
+    more = run(made, tmp_path / "more", steps=20, start=tmp_path / "model", lr=0.001)
+    assert [line["loss"] for line in more if "loss" in line][0] < 0.8 * losses[0]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     size = torch.load(tmp_path / "state.pt", weights_only=True)["size"]
     ours = Nano(Size(**size))
@@ -117,6 +119,29 @@ def test_training_lowers_the_loss_goes_on_and_exports_the_same_model(made, words
     chat = AutoTokenizer.from_pretrained(tmp_path / "model")
     text = chat.apply_chat_template([{"role": "user", "content": "a = ?"}], tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\na = ?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_gates_learn_beside_the_model_and_are_the_distillers(made, tmp_path):
+    """The divergence falls, the run goes on with them, and the distiller finds the same loss for what was written."""
+    from transformers import AutoModelForCausalLM
+
+    from rheoserve_sgl.gate.distiller import Distiller, shape_of
+
+    options = {"gates": 0.5, "context": 512, "tokens": 2048}
+    apart = [line["gates"] for line in run(made, tmp_path, steps=60, **options) if "gates" in line]
+    assert apart[-1] < 0.9 * apart[0]
+    assert run(made, tmp_path, steps=61, **options)[-1]["step"] == 61
+    export.main(["--run", str(tmp_path), "--tokenizer", str(made), "--out", str(tmp_path / "model")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    config, layers = read_gate(tmp_path / "model" / "gate", shape_of(model))
+    haystack = Haystack.encode(
+        (made / "train.txt").read_text(), train.Tokenizer.from_file(str(made / "tokenizer.json"))
+    )
+    ids, _ = samples.make_sample(haystack, train.Tokenizer.from_file(str(made / "tokenizer.json")), 512, 5)
+    distiller = Distiller(model, config, queries=200, late=0.0, seed=0, window=WINDOW)
+    fresh = distiller.loss(torch.from_numpy(ids.astype("int64")), None)
+    distiller.layers = layers
+    assert distiller.loss(torch.from_numpy(ids.astype("int64")), None) < 0.9 * fresh
 
 
 def ours_weights(path):

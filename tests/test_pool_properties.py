@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
 
-from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED
+from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED
 from rheoserve_sgl.runtime.batch import Batch
 
 TOKENS, DEVICE_TOKENS, CONTEXT, SLOTS = 64 * 24, 64 * 6, 64 * 10, 6
@@ -284,10 +284,20 @@ class PoolMachine(RuleBasedStateMachine):
         reserved = torch.nonzero(owner == RESERVED).tolist()
         moves = getattr(lane, "moves", getattr(lane, "_moves", None))
         if moves is None:
-            assert not reserved and not (frame_of == ON_ITS_WAY).any()
+            assert not reserved and not (frame_of <= ON_ITS_WAY).any()
         else:
             counts = enumerate(zip(moves.frame.tolist(), moves.count.tolist(), strict=True))
             assert {tuple(place) for place in reserved} <= {(layer, at) for layer, (to, n) in counts for at in to[:n]}
+        # A block that says into which frame it is on its way has that frame reserved, and is there once it is copied.
+        for layer, page, head in torch.nonzero(frame_of <= ARRIVING).tolist():
+            frame, block = ARRIVING - int(frame_of[layer, page, head]), page * HEADS + head
+            assert owner[layer, frame] == RESERVED
+            at = moves.block[layer, : int(moves.count[layer])].tolist().index(block)
+            assert moves.frame[layer, at] == frame
+            if getattr(lane, "copied", False):
+                whole = slice(None, self.filled[page])
+                there = pool.frames.layers[layer][frame, :, whole].cpu()
+                assert torch.equal(there, pool.host.layers[layer][page, head, :, whole])
         # No frame is held by page 0 or by a page that nobody has.
         for layer, page, head in held:
             assert owner[layer, frame_of[layer, page, head]] == page * HEADS + head

@@ -1,7 +1,8 @@
 """Collect Python source of installed packages under permissive licences: `python -m benchmarks.nano.corpus OUT`.
 
-Writes OUT/train.txt and OUT/held_out.txt (documents separated by a NUL character; no file is in both) and
-OUT/sources.json: each package with its version, licence and share, for the model card.
+Writes OUT/train.txt and OUT/held_out.txt (documents separated by a NUL character; which of them a file belongs to is
+told by its content alone, so that another day's corpus holds out the same files) and OUT/sources.json: each package
+with its version, licence and share, for the model card.
 """
 
 import argparse
@@ -16,7 +17,7 @@ PERMISSIVE = re.compile(r"\b(mit|bsd|apache|isc|psf|python software foundation|0
 OTHER = re.compile(r"gpl|mpl|mozilla|proprietary|eula|nvidia", re.I)
 SEPARATOR = "\0"
 LARGEST = 200_000  # bytes of a file: beyond are mostly tables
-HELD_OUT = 50  # one file in so many
+HELD_OUT = 50  # one file in so many, roughly
 
 
 def licence(package: Distribution) -> str | None:
@@ -50,16 +51,16 @@ def collect(limit: int, seed: int = 0):
             digest = hashlib.sha1(text.encode()).digest()
             if digest not in seen:
                 seen.add(digest)
-                documents.append((text, packages[-1]))
+                documents.append((text, digest, packages[-1]))
     random.Random(seed).shuffle(documents)
-    picked, total = [], 0
-    for text, package in documents:
+    train, held_out, total = [], [], 0
+    for text, digest, package in documents:
         total += len(text)
         if total > limit:
             break
-        picked.append(text)
+        (train if int.from_bytes(digest[:4], "big") % HELD_OUT else held_out).append(text)
         package["bytes"] += len(text)
-    return [text for i, text in enumerate(picked) if i % HELD_OUT], picked[::HELD_OUT], packages
+    return train, held_out, packages
 
 
 def main():

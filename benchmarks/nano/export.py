@@ -24,6 +24,8 @@ def export(run: Path, tokenizer: Path, out: Path):
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config | ends, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    if (run / "gate").is_dir():
+        shutil.copytree(run / "gate", out / "gate", dirs_exist_ok=True)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, out / name)

@@ -76,12 +76,16 @@ class Layer(nn.Module):
         )
 
     def before(self, x, rope):
-        """q, k, v of attention, `[n, heads, head_dim]`; rope `[n, head_dim]`, cosines then sines."""
+        """q, k, v of attention and q, k before RoPE, `[n, heads, head_dim]`.
+
+        Args:
+            rope: `[n, head_dim]`, cosines then sines
+        """
         a, dim = self.self_attn, self.size.head_dim
         h = self.input_layernorm(x)
         q = a["q_norm"](a["q_proj"](h).unflatten(-1, (-1, dim)))
         k = a["k_norm"](a["k_proj"](h).unflatten(-1, (-1, dim)))
-        return rotate_by(q, rope), rotate_by(k, rope), a["v_proj"](h).unflatten(-1, (-1, dim))
+        return rotate_by(q, rope), rotate_by(k, rope), a["v_proj"](h).unflatten(-1, (-1, dim)), q, k
 
     def after(self, x, attended):
         x = x + self.self_attn["o_proj"](attended)
@@ -108,14 +112,23 @@ class Nano(nn.Module):
             layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)
         self.loss = torch.compile(self.loss)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[batch * length, hidden]` of tokens `[batch, length]`."""
+    def forward(self, tokens: torch.Tensor, watch=None) -> torch.Tensor:
+        """Hidden states `[batch * length, hidden]` of tokens `[batch, length]`.
+
+        Args:
+            watch: called for each layer with its number, (q, k) before and after RoPE, `[batch, length, heads,
+                head_dim]`, and the rotations `[length, head_dim]`
+        """
         batch, length = tokens.shape
-        rope = self.rotations(length, tokens.device).repeat(batch, 1)
+        angles = self.rotations(length, tokens.device)
+        rope = angles.repeat(batch, 1)
         x = self.embed_tokens(tokens.flatten())
-        split = lambda t: t.view(batch, length, -1, self.size.head_dim).transpose(1, 2)  # noqa: E731
-        for layer in self.layers:
-            q, k, v = map(split, layer.before(x, rope))
+        rows = lambda t: t.view(batch, length, -1, self.size.head_dim)  # noqa: E731
+        for index, layer in enumerate(self.layers):
+            q, k, v, plain_q, plain_k = map(rows, layer.before(x, rope))
+            if watch is not None:
+                watch(index, (plain_q, plain_k), (q, k), angles)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = layer.after(x, out.transpose(1, 2).reshape(batch * length, -1))
         return self.norm(x)

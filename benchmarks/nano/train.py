@@ -1,9 +1,11 @@
 """Train the bundled model: `python -m benchmarks.nano.train --corpus DIR --tokenizer DIR --out DIR`.
 
 A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. With `--start` it
-trains an earlier run's weights further; give it another `--seed`. A state is saved
+trains an exported model further; give it another `--seed`. With `--gates` a gate a layer is trained beside the model,
+and their divergence is a part of its loss (benchmarks/nano/gates.py). A state is saved
 every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped. DIR holds the
-results: weights.pt (bf16, transformers' names), log.jsonl (one line a report) and state.pt.
+results: weights.pt (bf16, transformers' names), gate/ (SeerAttention-R's format), log.jsonl (one line a report) and
+state.pt.
 """
 
 import argparse
@@ -17,15 +19,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from benchmarks.nano.gates import ROWS, Gates, draw_positions
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
 from benchmarks.nano.samples import RECALL, make_sample
 
 # Until this share of the time, this context: from random weights, and from trained ones.
 PHASES = ((0.22, 1024), (0.45, 4096), (0.70, 16384), (1.0, 32768))
-MORE = ((0.2, 4096), (0.5, 16384), (1.0, 32768))
+MORE = ((0.1, 4096), (0.35, 16384), (1.0, 32768))
+GATE_RATE = 2.0  # times the model's learning rate
 WARM_UP, FINAL = 60, 0.05  # steps; share of the peak learning rate at the end
 EVALUATION_SEED = 1 << 40
 REPORT_STEPS = 20
@@ -74,6 +79,28 @@ def answers_right(model: Nano, batch, device: str) -> tuple[int, int]:
     return right, total
 
 
+class Divergence:
+    """Adds up the divergence of all gates from a batch's attention, while the model runs.
+
+    Args:
+        weights: `[batch, length]` of the targets
+    """
+
+    def __init__(self, gates: Gates, weights: torch.Tensor):
+        self.gates, self.rows = gates, min(len(weights), ROWS)
+        self.positions = [draw_positions(row == RECALL, len(row)) for row in weights[: self.rows]]
+        self.total = 0.0
+
+    def __call__(self, layer: int, plain, rotated, angles):
+        with torch.autocast(angles.device.type, enabled=False):
+            for row, positions in enumerate(self.positions):
+                one = ((q[row], k[row]) for q, k in (plain, rotated))
+                self.total = self.total + self.gates.loss(layer, *one, angles, positions)
+
+    def mean(self) -> torch.Tensor:
+        return self.total / (self.rows * len(self.gates.layers))
+
+
 class Run:
     """One training run's state, on disk and in memory."""
 
@@ -85,12 +112,17 @@ class Run:
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        self.gates = Gates(size).to(args.device) if args.gates else None
+        if self.gates:
+            groups.append({"params": list(self.gates.parameters()), "weight_decay": 0.0, "rate": GATE_RATE})
         fused = args.device == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
         self.step, self.spent = 0, 0.0
         if args.start:
-            stored = torch.load(args.start, map_location=args.device, weights_only=True)
+            stored = load_file(args.start / "model.safetensors")
             self.model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in stored.items()})
+            if self.gates and (args.start / "gate").is_dir():
+                self.gates.load(args.start / "gate")
         args.out.mkdir(parents=True, exist_ok=True)
         self.file = args.out / "state.pt"
         if self.file.is_file():
@@ -98,6 +130,8 @@ class Run:
             if stored["size"] != asdict(size):
                 raise ValueError(f"--out: {self.file} is of another model, {stored['size']}")
             self.model.load_state_dict(stored["model"])
+            if self.gates:
+                self.gates.load_state_dict(stored["gates"])
             self.optimizer.load_state_dict(stored["optimizer"])
             self.step, self.spent = stored["step"], stored["spent"]
         self.size = size
@@ -112,6 +146,7 @@ class Run:
         torch.save(
             {
                 "model": self.model.state_dict(),
+                "gates": self.gates.state_dict() if self.gates else None,
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "spent": self.spent,
@@ -121,6 +156,8 @@ class Run:
         )
         part.replace(self.file)
         torch.save(self.model.checkpoint(), self.args.out / "weights.pt")
+        if self.gates:
+            self.gates.save(self.args.out / "gate")
 
     def log(self, **what):
         line = json.dumps({"step": self.step, "seconds": round(self.spent, 1), **what})
@@ -146,7 +183,7 @@ def train(run: Run, pool: ProcessPoolExecutor):
     for _ in range(2 * args.workers):
         order()
     began, start = time.perf_counter(), run.spent
-    saved, losses, seen, context = run.spent, [], 0, None
+    saved, losses, apart, seen, context = run.spent, [], [], 0, None
     while run.share < 1.0:
         length, batch = waiting.popleft()
         ids, weights = batch.result()
@@ -157,10 +194,15 @@ def train(run: Run, pool: ProcessPoolExecutor):
         ids = torch.from_numpy(ids).to(args.device, non_blocking=True).long()
         weights = torch.from_numpy(weights).to(args.device, non_blocking=True)
         for group in run.optimizer.param_groups:
-            group["lr"] = args.lr * rate_at(run.step, run.share)
+            group["lr"] = args.lr * rate_at(run.step, run.share) * group.get("rate", 1.0)
+        divergence = Divergence(run.gates, weights) if run.gates else None
         with autocast:
-            loss = model.loss(model(ids[:, :-1]), ids[:, 1:].flatten(), weights.flatten())
-        loss.backward()
+            loss = model.loss(model(ids[:, :-1], divergence), ids[:, 1:].flatten(), weights.flatten())
+        whole = loss
+        if divergence:
+            whole = loss + args.gates * divergence.mean()
+            apart.append(divergence.mean().detach())
+        whole.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -170,8 +212,9 @@ def train(run: Run, pool: ProcessPoolExecutor):
         run.spent = start + time.perf_counter() - began
         if run.step % REPORT_STEPS == 0:
             mean = torch.stack(losses).mean().item()
-            run.log(loss=round(mean, 4), context=length, tokens=seen)
-            losses = []
+            gates = {"gates": round(torch.stack(apart).mean().item(), 4)} if apart else {}
+            run.log(loss=round(mean, 4), **gates, context=length, tokens=seen)
+            losses, apart = [], []
         if run.spent - saved > args.save_every:
             saved = run.spent
             run.save()
@@ -202,13 +245,14 @@ def main(argv=None):
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="weights.pt of an earlier run, to train further")
+    parser.add_argument("--start", type=Path, help="an exported model, to train further, with its gate")
     parser.add_argument("--seconds", type=float, default=450, help="of training, over all runs with this --out")
     parser.add_argument("--steps", type=int, help="instead of seconds")
     parser.add_argument("--tokens", type=int, default=262_144, help="of a step")
     parser.add_argument("--context", type=int, default=32_768, help="the longest")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gates", type=float, default=0.0, help="weight of the gates' divergence in the loss; 0: none")
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1))
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

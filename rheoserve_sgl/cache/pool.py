@@ -57,6 +57,8 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.moved = torch.zeros((), dtype=torch.int64, device=self.device)  # blocks copied into frames so far
         tiers = self.host.layers, self.frames.layers
         self._addresses = tuple(addresses(layers, self.device) for layers in tiers)
+        # Of blocks that move beside a step: for each layer, how many of the kernel's programs are done with it.
+        self.arrived = torch.zeros(self.layer_num, dtype=torch.int32, device=self.device)
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         logger.info(
             "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "
@@ -143,7 +145,8 @@ class TwoTierKVPool(MHATokenToKVPool):
         if moves.block.is_cuda:
             from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, fill_frames
 
-            fill_frames(*self._addresses, self.block_bytes, moves, BESIDE if beside else ALONE)
+            how = (BESIDE, self.arrived) if beside else (ALONE, None)
+            fill_frames(*self._addresses, self.block_bytes, moves, *how)
             return
         for index, count in enumerate(moves.count.tolist()):
             if count:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 FREE, RESERVED = -1, -2  # in owner
-ON_ITS_WAY = -2  # in frame_of; as good as -1 to all but a swap
+# In frame_of, as good as -1 to all but a swap and a GPU's plan: a block on its way, and, from ARRIVING downwards, one
+# on its way into frame ARRIVING - frame_of.
+ON_ITS_WAY, ARRIVING = -2, -3
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Residency:
     """The two maps between blocks and frames, kept inverse to each other.
 
     frame_of: `[layers, pages, kv_heads]` int32, the frame of a block, negative when only the host store has it: -1, or
-        ON_ITS_WAY for one that a swap moves.
+        ON_ITS_WAY or less for one that a swap moves.
     owner: `[layers, frames]` int64, the block (`page * kv_heads + head`) in a frame, or FREE, or RESERVED for one that
         is on its way.
 

@@ -26,9 +26,9 @@ from rheoserve_sgl.ops.plan import Plan
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 
-# The recorder's past fades by this at each step, so that it halves in about 7. Replayed traces of the bundled model hit
-# most with 0.8 to 0.9 (docs/LOG.md).
-DECAY = 0.9
+# The recorder's past fades by this at each step, so that it halves in about 3. Replayed traces of the bundled model hit
+# most with 0.8 to 0.9, and with few frames a slower past keeps what left the selection (docs/LOG.md).
+DECAY = 0.8
 MOST_WEIGHT = 1e6
 
 

@@ -1,7 +1,8 @@
 """Where blocks move beside the forward pass: a stream of its own, in two phases.
 
-Frames are reserved before, and the table learns of the blocks after, both in the forward stream; in between no step
-reads or writes what is copied. A page that is dropped meanwhile is not admitted (Residency.admit).
+Frames are reserved before, and the table learns of the blocks after, both in the forward stream. In between nobody
+writes what is copied, and a step reads what a swap has brought to its layer so far (`pool.arrived`). A page that is
+dropped meanwhile is not admitted (Residency.admit).
 """
 
 import torch
@@ -37,6 +38,7 @@ class Lane:
         self._more.fill_(False)
         if more is not None:
             self._more.copy_(more, non_blocking=True)
+        self._pool.arrived.zero_()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._pool.fill(moves, beside=True)

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED, Moves, Residency
+from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves, Residency
 from rheoserve_sgl.coordinator.exchange import rank_blocks
 
 
@@ -76,6 +76,7 @@ def swap_torch(ranking: Ranking, residency: Residency, importance, tables, most:
         where = frame_of[layer].view(-1)
         frame = int(where[old])
         if where[new] == -1 and frame >= 0:  # no other request was first
-            where[new], where[old], owner[layer, frame] = ON_ITS_WAY, -1, RESERVED
+            where[new], where[old] = ON_ITS_WAY if tail else ARRIVING - frame, -1
+            owner[layer, frame] = RESERVED
             (newest if tail else others).add(layer, new, frame)
     return newest, others

@@ -1,12 +1,17 @@
 """Prefill attention: new tokens causally over themselves, and fully over their prefix.
 
-Both parts are fused attention kernels of torch that return the log-sum-exp; they are merged by it.
+Both parts are fused attention kernels that return the log-sum-exp; they are merged by it. On a Hopper GPU they are
+FlashAttention-3's, which SGLang brings and uses there itself, elsewhere torch's.
 """
+
+import functools
+import logging
 
 import torch
 
 from rheoserve_sgl.ops.merge import merge_torch
 
+logger = logging.getLogger(__name__)
 _ATEN = torch.ops.aten
 
 
@@ -36,10 +41,30 @@ def flash_attention(q, k, v, causal: bool, scale: float):
     Returns:
         out like q, lse `[heads, queries]` float32
     """
+    run = flash_attention_3()
+    if run is not None:
+        lengths = {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": len(q), "max_seqlen_k": len(k)}
+        out, lse, *_ = run(
+            q[None], k[None], v[None], **lengths, softmax_scale=scale, causal=causal, return_softmax_lse=True
+        )
+        return out[0], lse[0]
     out, lse, *_ = _ATEN._flash_attention_forward(
         q[None], k[None], v[None], None, None, len(q), len(k), 0.0, causal, False, scale=scale
     )
     return out[0], lse[0, :, : len(q)]
+
+
+@functools.cache
+def flash_attention_3():
+    """SGLang's FlashAttention-3 if it runs on this GPU, else None."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        from sgl_kernel.flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        logger.warning("RheoServe: prefill by FlashAttention-2, since FlashAttention-3 cannot be loaded: %s", error)
+        return None
+    return flash_attn_varlen_func
 
 
 def prefill_flash(q, k, v, prefix, scale: float) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Blocks from the pinned host store into frames of all layers, by one kernel that reads over PCIe."""
+"""Blocks from the pinned host store into frames of all layers, by one kernel that reads over PCIe.
+
+Layers are filled in their order, and each is told of when it is done: a step that runs beside may use what has arrived.
+"""
 
 import triton
 import triton.language as tl
@@ -9,7 +12,10 @@ ALONE = 264
 
 
 @triton.jit(do_not_specialize=["most"])
-def _fill(hosts, frames, blocks, targets, counts, layers, most, SIZE: tl.constexpr, WORDS: tl.constexpr):
+def _fill(
+    hosts, frames, blocks, targets, counts, arrived, layers, most,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, TELLS: tl.constexpr,
+):  # fmt: skip
     at = tl.arange(0, WORDS)
     pieces = (SIZE + WORDS - 1) // WORDS
     for layer in range(0, layers):
@@ -23,9 +29,12 @@ def _fill(hosts, frames, blocks, targets, counts, layers, most, SIZE: tl.constex
             frame = tl.load(targets + slot)
             words = tl.load(source + block * SIZE + place, mask=place < SIZE)
             tl.store(target + frame * SIZE + place, words, mask=place < SIZE)
+        if TELLS:
+            tl.debug_barrier()  # all of this program's threads have written
+            tl.atomic_add(arrived + layer, 1, sem="release", scope="gpu")
 
 
-def fill_frames(hosts, frames, block_bytes: int, moves, programs: int = ALONE):
+def fill_frames(hosts, frames, block_bytes: int, moves, programs: int = ALONE, arrived=None):
     """Copy the blocks of `moves` into their frames, in stream order.
 
     Args:
@@ -34,10 +43,13 @@ def fill_frames(hosts, frames, block_bytes: int, moves, programs: int = ALONE):
         block_bytes: of a block, a multiple of 8
         moves: rheoserve_sgl.cache.residency.Moves
         programs: how many work at it
+        arrived: `[layers]` int32 on the device, each counted up by every program that is done with a layer; None:
+            nobody is told
     """
     layers, most = moves.block.shape
     if most == 0:
         return
     _fill[(programs,)](
-        hosts, frames, moves.block, moves.frame, moves.count, layers, most, SIZE=block_bytes // 8, WORDS=WORDS
-    )
+        hosts, frames, moves.block, moves.frame, moves.count, moves.count if arrived is None else arrived, layers, most,
+        SIZE=block_bytes // 8, WORDS=WORDS, TELLS=arrived is not None,
+    )  # fmt: skip

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import store_release
+from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
 
@@ -84,11 +86,11 @@ def _ring(counter, arrived, rung, bell, layers, asks, says):
 @triton.jit
 def _plan(
     logits, tile_max, tile_sum, pages, n_pages, tail_len, quiet, frame_of, importance, weight, budgets, q, q_out,
-    frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals,
+    frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, came,
     counter, arrived, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr, RING: tl.constexpr,
+    TOKENS: tl.constexpr, RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     row = pair // kv_heads
@@ -125,6 +127,10 @@ def _plan(
             gain += chosen.to(tl.float32)
         tl.atomic_add(importance + block, gain * tl.load(weight), mask=valid & selects, sem="relaxed")
     frame = tl.load(frame_of + block, mask=valid, other=-1)
+    if COPIERS > 0:
+        # What has come to this layer meanwhile is in its frame; the next kernel reads it.
+        here = tl.load(came, volatile=True) >= COPIERS
+        frame = tl.where((frame <= ARRIVING) & here, ARRIVING - frame, frame)
     resident = valid & (frame >= 0)
     outside = chosen & (frame < 0)
     if SELECTED_ONLY:
@@ -159,8 +165,9 @@ def _plan(
 
 
 def plan_gpu(
-    rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals, asker=None
-):
+    rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals,
+    asker=None, arrived=None,
+):  # fmt: skip
     """Select, record, fill both lists, and ask the CPU.
 
     Args:
@@ -180,6 +187,8 @@ def plan_gpu(
         totals: `[2]` int64, gets the blocks listed for the device and for the CPU
         asker: Asker; None: the CPU is not asked. Every call is a question with a number; those of nothing are passed
             over, but for a step's last, with which the CPU may go to sleep
+        arrived: `[1]` int32, how many of the programs that copy beside the step are done with this layer; None: nothing
+            is copied
     """
     batch, kv_heads, group, dim = q.shape
     max_pages = tables.pages.shape[1]
@@ -192,12 +201,14 @@ def plan_gpu(
     _plan[(batch * kv_heads,)](
         logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, tables.quiet, frame_of, importance,
         weight, budgets, q, exchange.q, device.blocks, device.count, device.last_len,
-        exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals, *bell,
+        exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals,
+        totals if arrived is None else arrived, *bell,
         kv_heads, heads, group, max_pages, tiles,
         rule.sink_pages, rule.window_pages, rule.log_threshold,
         SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, RECORD=record,
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
+        ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
         num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ class GpuStep:
         exchange = self.exchange
         plan_gpu(
             rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, exchange, visit,
-            self.visited[:batch], self.totals, self.asker,
+            self.visited[:batch], self.totals, self.asker, pool.arrived[index : index + 1],
         )  # fmt: skip
         split = self.room.split(batch * kv_heads)
         attend_split(heads, pool.frames.layers[index], visit, split, scale)

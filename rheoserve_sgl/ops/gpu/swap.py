@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rheoserve_sgl.cache.residency import ON_ITS_WAY, RESERVED, Moves
+from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves
 from rheoserve_sgl.coordinator.exchange import HYSTERESIS
 from rheoserve_sgl.ops.gpu.plan import _best, _ordered
 
@@ -63,7 +63,7 @@ def _pair(
 def _claim(
     frame_of, owner, arrivals, victims, frames, counts, tails,
     tail_blocks, tail_frames, tail_counts, blocks, targets, totals, layer_blocks, layer_frames,
-    most, ON_ITS_WAY: tl.constexpr, RESERVED: tl.constexpr, SLOTS: tl.constexpr,
+    most, ON_ITS_WAY: tl.constexpr, ARRIVING: tl.constexpr, RESERVED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     layer, pair = tl.program_id(0), tl.program_id(1)
     pairs = tl.num_programs(1)
@@ -81,6 +81,7 @@ def _claim(
     tl.store(where + old, -1, mask=got_frame)
     newest = got_frame & (slot == 0) & (tl.load(tails + own) > 0)
     other = got_frame & (newest == 0)
+    tl.store(where + new, (ARRIVING - frame).to(tl.int32), mask=other)
     # Each list is filled from its start on, in whatever order the programs come.
     first = tl.atomic_add(tail_counts + layer, tl.sum(newest.to(tl.int64), 0), sem="relaxed")
     at = layer * pairs + first + slot
@@ -112,6 +113,6 @@ def swap_gpu(ranking, residency, importance, tables, most: int) -> tuple[Moves, 
     _claim[(layers, pairs)](
         residency.frame_of, residency.owners, *found, newest.block, newest.frame, newest.count,
         others.block, others.frame, others.count, all_pages * kv_heads, residency.frames + 1, most,
-        ON_ITS_WAY=ON_ITS_WAY, RESERVED=RESERVED, SLOTS=SLOTS, num_warps=1,
+        ON_ITS_WAY=ON_ITS_WAY, ARRIVING=ARRIVING, RESERVED=RESERVED, SLOTS=SLOTS, num_warps=1,
     )  # fmt: skip
     return newest, others
