@@ -83,7 +83,7 @@ def launch_all(dtype: torch.dtype, dim: int):
     there = addresses([host] * LAYERS, "cpu")
     residency = Residency(LAYERS, ALL_PAGES, KV_HEADS, 6, "cpu")
     for ranking in (Ranking("importance", False, 1, 8), Ranking("recency", True, 1, 8)):
-        swap.swap_gpu(ranking, residency, torch.zeros(LAYERS, ALL_PAGES, KV_HEADS), step, 4)
+        swap.swap_gpu(ranking, residency, torch.zeros(LAYERS, ALL_PAGES, KV_HEADS), step, 4, 0.5)
     move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)

@@ -407,9 +407,9 @@ def test_swaps_equal_torch(mode, shared):
     importance = torch.rand(layers, all_pages, heads)
     tables = SimpleNamespace(pages=pages, n_pages=counts)
     theirs = SimpleNamespace(pages=pages.to(DEVICE), n_pages=counts.to(DEVICE))
-    for most in (3, 32):
-        expected = swap_torch(Ranking.of(config), residency, importance, tables, most)
-        got = swap_gpu(Ranking.of(config), mine, importance.to(DEVICE), theirs, most)
+    for most, least in ((3, 0.5), (32, 0.0)):
+        expected = swap_torch(Ranking.of(config), residency, importance, tables, most, least)
+        got = swap_gpu(Ranking.of(config), mine, importance.to(DEVICE), theirs, most, least)
         for ours, others in zip(got, expected, strict=True):
             for layer in range(layers):
                 lists = [sorted(moves.block[layer, : int(moves.count[layer])].tolist()) for moves in (ours, others)]

@@ -30,6 +30,9 @@ from rheoserve_sgl.runtime.batch import Batch
 # most with 0.8 to 0.9, and with few frames a slower past keeps what left the selection (docs/LOG.md).
 DECAY = 0.8
 MOST_WEIGHT = 1e6
+# A block swaps in with this importance, a step's selection being 1: it was selected in the last three steps. Others
+# wait for an exchange: there are many of nearly no importance, and they took the turns of those that matter.
+LEAST = 0.5
 
 
 class Coordinator:
@@ -128,7 +131,7 @@ class Coordinator:
         pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
         bound = self._blocks(SWAP_BYTES)
         most = max(bound // pairs, 1)
-        newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most)
+        newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most, LEAST * self.weight)
         pool.fill(newest)  # the step writes to these pages: they move in its order, before it
         pool.residency.admit(newest)
         self.lane.start(others, short=most * pairs <= bound)

@@ -30,13 +30,16 @@ class Ranking:
         return cls(by, config.mode in ("window", "retrieval"), config.sink_pages, config.window_pages)
 
 
-def swap_blocks(ranking: Ranking, residency: Residency, importance, tables, most: int) -> tuple[Moves, Moves]:
+def swap_blocks(
+    ranking: Ranking, residency: Residency, importance, tables, most: int, least: float = 0.0
+) -> tuple[Moves, Moves]:
     """Take victims out of the table and reserve their frames for as many arrivals.
 
     Args:
         importance: `[layers, all_pages, kv_heads]` float32
         tables: the step's page table: `pages` `[batch, max_pages]`, `n_pages` `[batch]`
         most: swaps of each layer, request and head
+        least: importance of a block that may arrive: what hardly matters must not take the turn of what does
 
     Returns:
         (newest, others): moves of each request's newest page, which the step is about to write, and of other pages.
@@ -47,10 +50,12 @@ def swap_blocks(ranking: Ranking, residency: Residency, importance, tables, most
     else:
         run = swap_torch
     residency.begin()
-    return run(ranking, residency, importance, tables, most)
+    return run(ranking, residency, importance, tables, most, least)
 
 
-def swap_torch(ranking: Ranking, residency: Residency, importance, tables, most: int) -> tuple[Moves, Moves]:
+def swap_torch(
+    ranking: Ranking, residency: Residency, importance, tables, most: int, least: float
+) -> tuple[Moves, Moves]:
     layers, _, kv_heads = importance.shape
     pages, counts = tables.pages.long(), tables.n_pages
     at = torch.arange(pages.shape[1])
@@ -66,7 +71,8 @@ def swap_torch(ranking: Ranking, residency: Residency, importance, tables, most:
         ranks = worth[layer, row, head]
         best = torch.sort(ranks, descending=True, stable=True).indices[: int(resident.sum())]
         wanted = torch.zeros_like(resident).index_fill_(0, best, True) & (ranks > -torch.inf)
-        arriving = torch.nonzero(wanted & ~resident)[:, 0].flip(0)
+        enough = ranks >= (least if ranking.ranks_by == "importance" else -torch.inf)
+        arriving = torch.nonzero(wanted & ~resident & enough)[:, 0].flip(0)
         leaving = torch.nonzero(resident & ~wanted)[:, 0]
         for new, old in list(zip(arriving.tolist(), leaving.tolist(), strict=False))[:most]:
             blocks = tuple(int(pages[row, place]) * kv_heads + head for place in (new, old))

@@ -16,10 +16,10 @@ SLOTS = 32  # swaps of a layer, request and head, at most
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["most", "least"])
 def _pair(
     importance, frame_of, pages, n_pages, arrivals, victims, frames, counts, tails,
-    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, LARGEST: tl.constexpr,
+    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, least, LARGEST: tl.constexpr,
     RECENT: tl.constexpr, FORCED_ONLY: tl.constexpr, SLOTS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     layer, pair = tl.program_id(0), tl.program_id(1)
@@ -47,6 +47,8 @@ def _pair(
         open_ = forced if FORCED_ONLY else valid
         wanted = _best(_ordered(worth), open_, room)
         arriving, leaving = wanted & (resident == 0), resident & (wanted == 0)
+        if not RECENT:
+            arriving = arriving & (worth >= least)
         coming, going = tl.sum(arriving.to(tl.int32), 0), tl.sum(leaving.to(tl.int32), 0)
         swaps = tl.minimum(tl.minimum(coming, going), most)
         place = coming - tl.cumsum(arriving.to(tl.int32), 0)  # newer pages first
@@ -93,7 +95,7 @@ def _claim(
     tl.store(targets + at, frame, mask=other)
 
 
-def swap_gpu(ranking, residency, importance, tables, most: int) -> tuple[Moves, Moves]:
+def swap_gpu(ranking, residency, importance, tables, most: int, least: float) -> tuple[Moves, Moves]:
     """See `rheoserve_sgl.coordinator.swap.swap_blocks`."""
     layers, all_pages, kv_heads = importance.shape
     batch, max_pages = tables.pages.shape
@@ -107,6 +109,7 @@ def swap_gpu(ranking, residency, importance, tables, most: int) -> tuple[Moves, 
     _pair[(layers, pairs)](
         importance, residency.frame_of, tables.pages, tables.n_pages, *found,
         all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,
+        float(least),
         LARGEST=LARGEST, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
         SLOTS=SLOTS, NP=width, num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
