@@ -80,3 +80,18 @@ def test_a_resident_block_is_not_evicted_for_an_equal_one():
 def test_no_share_wants_nothing():
     worth = torch.rand(2, 1, 1, 3)
     assert not wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([0]), 4, 0).any()
+
+
+def test_what_hardly_matters_fills_free_frames_but_evicts_nothing():
+    importance = torch.tensor([0.0, 0.3, 0.2, 0.4, 0.9, 0.0]).view(1, 6, 1)
+    resident = torch.tensor([False, False, True, False, False, True]).view(1, 6, 1)
+    where = torch.arange(1, 6)[None], *(torch.full((1, 5), value) for value in (True, False))
+
+    def wanted(share: int, least: float):
+        options = {"ranks_by": "importance", "forced_only": False, "least": least}
+        worth = rank_blocks(importance, resident, *where, **options)
+        return torch.nonzero(wanted_blocks(worth, where[0], torch.tensor([share]), 6, 9)[0, :, 0])[:, 0].tolist()
+
+    assert wanted(2, 0.0) == [3, 4]  # by importance alone
+    assert wanted(2, 0.5) == [2, 4]  # 4 matters and comes for 5, which matters least; 3 does not come for 2
+    assert wanted(4, 0.5) == [2, 3, 4, 5]  # 3 has a free frame

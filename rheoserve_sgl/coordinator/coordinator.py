@@ -171,6 +171,8 @@ class Coordinator:
             batch.forced,
             ranks_by=self._ranking.ranks_by,
             forced_only=self._ranking.forced_only,
+            # Where blocks swap at every step, an exchange shares frames out and fills them, and moves nothing in vain.
+            least=LEAST * self.weight if self.lane is not None else 0.0,
         )
         if self._random is not None:
             worth = self._shuffle(worth)

@@ -5,6 +5,7 @@ import torch
 # A resident block is worth this much more than its importance, so that near-equal blocks do not
 # take turns in a frame.
 HYSTERESIS = 1.25
+BEHIND = 1e-6  # of what matters, what is behind it
 # At most this much is copied at once, over all layers; the rest follows with the next exchange: before a step, beside
 # steps (40 ms over PCIe), and by a step's swaps (10 ms, about a step).
 BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
@@ -33,7 +34,7 @@ def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
     return shares
 
 
-def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_only):
+def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_only, least: float = 0.0):
     """How much each block of the running requests deserves a frame; -inf where it must not have one.
 
     Args:
@@ -41,12 +42,15 @@ def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_
         pages, valid, forced: `[batch, max_pages]` int64, bool, bool
         ranks_by: "importance" or "recency"
         forced_only: whether only sink, window and newest page may be resident
+        least: with less importance a block ranks behind all resident ones; 0: by importance alone
 
     Returns:
         `[layers, batch, kv_heads, max_pages]` float32
     """
     if ranks_by == "importance":
-        worth = importance[:, pages] * torch.where(resident[:, pages], HYSTERESIS, 1.0)
+        worth, there = importance[:, pages], resident[:, pages]
+        stays, waits = worth * HYSTERESIS + least * BEHIND, worth.where(worth >= least, worth * BEHIND**2)
+        worth = torch.where(there, stays, waits)
     else:
         layers, _, kv_heads = importance.shape
         position = torch.arange(pages.shape[1], device=pages.device, dtype=torch.float32)
