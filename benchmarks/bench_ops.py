@@ -119,7 +119,7 @@ class Case:
         frame_of = torch.zeros(all_pages, KV_HEADS, dtype=torch.int32, device="cuda")
         importance, weight = torch.zeros(all_pages, KV_HEADS, device="cuda"), torch.ones(1, device="cuda")
         budgets = torch.full((self.batch,), 4096 // PAGE, dtype=torch.int32, device="cuda")
-        visited, totals = torch.zeros_like(visit.count), torch.zeros(2, dtype=torch.int64, device="cuda")
+        visited, totals = torch.zeros_like(visit.count), torch.zeros((self.batch, 3), dtype=torch.int64, device="cuda")
         rule = Rule(Select.BUDGET, 1, 8)
 
         def call(keys):
@@ -141,7 +141,7 @@ def asking() -> dict[str, float]:
     asker = Asker(exchange, 10.0, LAYERS)
     tables = Tables.make(1, 8, "cuda")  # no pages
     visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(exchange.visit).values()))
-    visited, totals = torch.zeros_like(visit.count), torch.zeros(2, dtype=torch.int64, device="cuda")
+    visited, totals = torch.zeros_like(visit.count), torch.zeros((1, 3), dtype=torch.int64, device="cuda")
     frame_of = torch.zeros(8, KV_HEADS, dtype=torch.int32, device="cuda")
     q, lse = torch.zeros(*pairs, GROUP, DIM, device="cuda"), torch.zeros(*pairs, GROUP, device="cuda")
     split = SplitRoom(KV_HEADS, GROUP, DIM, "cuda").split(KV_HEADS)

@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.coordinator.attended import Attended
 from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
@@ -40,6 +41,7 @@ class RheoAttnBackend(AttentionBackend):
                 "another plugin may have replaced it: see SGLANG_PLUGINS"
             )
         self.coordinator = self.token_to_kv_pool.coordinator
+        self.coordinator.attended = Attended(len(self.req_to_token_pool.req_to_token), self.token_to_kv_pool.device)
         observe(self.coordinator)
         self.config = self.token_to_kv_pool.config
         rule = decode_rule(self.config)
@@ -144,7 +146,7 @@ class RheoAttnBackend(AttentionBackend):
         steps = plan(rule, scores, batch.pages, batch.n_pages, batch.tail_len, frame_of, self.threads, self.budgets)
         if self.selects:
             self.coordinator.record(index, batch, scores, steps.chosen if rule.needs_scores else None)
-        self.coordinator.count_visits(steps)
+        self.coordinator.attended.add(steps, batch.requests)
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
         )

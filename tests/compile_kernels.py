@@ -70,7 +70,7 @@ def launch_all(dtype: torch.dtype, dim: int):
     score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim), step, scratch, 0.1, "dot")
     exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
     visit = Visit(*(torch.zeros_like(tensor) for tensor in vars(exchange.visit).values()))
-    budgets, totals = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    budgets, totals = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(SLOTS, 3, dtype=torch.int64)
     for select in Select:
         for scored in (scratch, None) if select in (Select.ALL, Select.FORCED) else (scratch,):
             rule = Rule(select, 1, 8, selected_only=select == Select.FORCED)

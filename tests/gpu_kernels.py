@@ -153,7 +153,7 @@ def test_score_and_plan_equal_torch(rule, selector, heads):
     exchange = Exchange.make(rows, kv_heads, heads, dim, max_pages, pin=DEVICE == "cuda")
     pairs = (rows, kv_heads)
     lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((*pairs, max_pages), pairs, pairs)]
-    device, totals = Visit(*lists), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    device, totals = Visit(*lists), torch.zeros((20, 3), dtype=torch.int64, device=DEVICE)
     there = [t.to(DEVICE) for t in (q, quick, frame_of, importance.clone())]
     visited = torch.full(pairs, 7, dtype=torch.int32, device=DEVICE)
     weight = torch.tensor([2.0], device=DEVICE)
@@ -171,7 +171,8 @@ def test_score_and_plan_equal_torch(rule, selector, heads):
         lists = (part.flatten(0, 1) for part in (got.blocks[:5].cpu(), wanted.blocks))
         for mine, theirs, count in zip(*lists, wanted.count.flatten(), strict=True):
             assert torch.equal(mine[:count], theirs[:count])
-    assert totals.tolist() == [int(expected.device.count.sum()), int(expected.host.count.sum())]
+    counted = (expected.device.count.sum(1), expected.host.count.sum(1), expected.chosen.sum((1, 2)))
+    assert torch.equal(totals[where].cpu(), torch.stack(counted, 1)) and totals.sum() == sum(map(torch.sum, counted))
     visited = exchange.visit.count > 0
     assert torch.equal(exchange.q[visited], q[visited]) and not exchange.q[~visited].any()
     for row in range(5):
@@ -197,7 +198,7 @@ def test_blocks_that_came_to_this_layer_are_read_from_their_frames(done):
         Exchange.make(4, 2, 1, 64, 16, DEVICE == "cuda"),
     )
     lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((4, 2, 16), (4, 2), (4, 2))]
-    device, totals = Visit(*lists), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    device, totals = Visit(*lists), torch.zeros((20, 3), dtype=torch.int64, device=DEVICE)
     others = (torch.zeros(s, device=DEVICE) for s in ((100, 2), 1))
     budgets = torch.zeros_like(lists[1][:, 0])
     q, arrived = torch.randn(4, 2, 1, 64, device=DEVICE), torch.tensor([done], dtype=torch.int32, device=DEVICE)
@@ -236,7 +237,7 @@ def test_requests_that_are_all_resident_are_quiet_but_for_every_eighth_step():
     q, quick = torch.randn(6, heads, 1, 64).to(DEVICE), torch.randn(pages, heads, 64).to(DEVICE)
     importance, weight = torch.zeros(pages, heads, device=DEVICE), torch.ones(1, device=DEVICE)
     budgets = torch.full((6,), 3, dtype=torch.int32, device=DEVICE)
-    totals, visited = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
+    totals, visited = torch.zeros((20, 3), dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
     score_tiles(q, quick, tables, scratch, 0.125, "dot")
     frame_of[1, batch.pages[0, 3], 0] = -1  # a swap took it since
     plan_gpu(rule, q, tables, scratch, frame_of[1], importance, weight, budgets, exchange, device, visited, totals)
@@ -266,7 +267,7 @@ def test_selection_with_nan_and_a_budget_beyond_the_pages():
         frame_of = torch.full((100, 1), -1, dtype=torch.int32, device=DEVICE)
         importance, weight = torch.zeros(100, 1, device=DEVICE), torch.ones(1, device=DEVICE)
         budgets = torch.tensor([3 if nan else 50], dtype=torch.int32, device=DEVICE)
-        totals, visited = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
+        totals, visited = torch.zeros((20, 3), dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
         score_tiles(q, quick, tables, scratch, 0.125, "dot")
         plan_gpu(rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals)
         if DEVICE == "cuda":

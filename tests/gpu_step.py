@@ -105,7 +105,7 @@ def test_steps_equal_the_cpus(name, selector):
     else:
         step = GpuStep(ours, rules, exchange, None, Answers(ours, exchange))
     table, slots = table_of(pages), torch.arange(3)
-    attended = torch.zeros(2, dtype=torch.int64)
+    attended = torch.zeros(3, dtype=torch.int64)
     for at in range(3):
         lens = lens + 1
         batch = Batch.build(table, slots, lens, int(lens.max()), rule.sink_pages, rule.window_pages)
@@ -128,7 +128,7 @@ def test_steps_equal_the_cpus(name, selector):
             lists = plan(rules[layer], scores, batch.pages, batch.n_pages, batch.tail_len, frame_of)
             frames, host = theirs.frames.layers[layer], theirs.host.blocks(layer)
             expected = attend_tiers(heads, frames, host, lists, SCALE, 1)
-            attended += torch.tensor([lists.device.count.sum(), lists.host.count.sum()])
+            attended += torch.tensor([lists.device.count.sum(), lists.host.count.sum(), lists.chosen.sum()])
             got = step.layer(
                 layer,
                 *(padded(t).to(DEVICE) for t in (q, k, v)),
@@ -138,7 +138,7 @@ def test_steps_equal_the_cpus(name, selector):
             )
             torch.testing.assert_close(got[:3].cpu(), expected.view(3, -1), rtol=1e-4, atol=1e-5)
             assert not got[3:].any()  # padding attends to nothing
-    assert step.totals.tolist() == attended.tolist()
+    assert step.totals.sum(0).tolist() == attended.tolist()
     for layer in range(LAYERS):
         assert torch.equal(ours.host.layers[layer][1:], theirs.host.layers[layer][1:])
 

@@ -36,7 +36,7 @@ class Asking:
         self.out = torch.zeros(LAYERS, BATCH, KV_HEADS, GROUP, DIM, device="cuda")
         self.lse = torch.zeros(BATCH, KV_HEADS, GROUP, device="cuda")
         self.frame_of = torch.full((ALL_PAGES, KV_HEADS), -1, dtype=torch.int32, device="cuda")
-        self.nothing = torch.zeros(2, dtype=torch.int64, device="cuda")
+        self.nothing = torch.zeros((BATCH, 3), dtype=torch.int64, device="cuda")
 
     def layer(self, layer: int):
         from rheoserve_sgl.ops.gpu.attend import merge_parts

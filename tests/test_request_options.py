@@ -16,6 +16,7 @@ SERVER = RheoConfig(token_budget=1024)
         ({}, 16),
         ({"thinking_budget": 7}, 16),
         ({"rheoserve": {}}, 16),
+        ({"rheoserve": {"report": True}}, 16),
         ({"rheoserve": {"token_budget": 4096}}, 64),
         ({"rheoserve": {"token_budget": 640}}, 10),
         ({"rheoserve": {"token_budget": 640, "mode": "balanced"}}, 10),
@@ -33,7 +34,8 @@ def test_legal_options(custom_params, pages):
     ("options", "message"),
     [
         (5, "custom_params.rheoserve is 5; legal: an object"),
-        ({"budget": 64}, "custom_params.rheoserve.budget is 64; legal: token_budget, mode are the options"),
+        ({"budget": 64}, "custom_params.rheoserve.budget is 64; legal: token_budget, mode, report are the options"),
+        ({"report": 1}, "report is 1; legal: true, false"),
         ({"token_budget": 576}, "token_budget is 576; legal: a multiple of 64, at least 640"),
         ({"token_budget": 700}, "token_budget is 700"),
         ({"token_budget": "700"}, "token_budget is '700'"),

@@ -78,6 +78,27 @@ def test_openai_requests_carry_options(full):
         ask({"mode": "window"})
 
 
+def test_an_answer_tells_what_was_attended_to_when_asked(full):
+    prompts = random_prompts(77, [700, 1500, 100])
+    full.flush()
+    before = full.rheo()
+    sampling = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
+    asked = [{"rheoserve": {"report": True}}, {"rheoserve": {"report": True}}, {}]
+    every = [sampling | {"custom_params": options} for options in asked]
+    answers = full.post("/generate", {"input_ids": prompts, "sampling_params": every}).json()
+    reports = [answer["meta_info"]["finish_reason"].get("rheoserve") for answer in answers]
+    assert reports[2] is None
+    for length, report in zip((700, 1500), reports, strict=False):
+        # Steps attend to all blocks of 4 layers and 2 KV heads. (The last one is begun before the answer's end is known.)
+        pages = sum((length + step + 63) // 64 for step in range(1, 21))
+        assert report["selected_blocks"] == 8 * pages == report["device_blocks"] + report["host_blocks"]
+        assert 0 < report["host_share"] < 1
+        assert report["hit_rate"] == pytest.approx(1 - report["host_blocks"] / report["selected_blocks"])
+    after = full.rheo()
+    blocks = after["host_blocks"] - before["host_blocks"]
+    assert reports[0]["host_blocks"] + reports[1]["host_blocks"] <= blocks
+
+
 def test_multi_turn_frontend_program(full):
     import sglang as sgl
 

@@ -12,6 +12,7 @@ import torch
 
 from rheoserve_sgl import PAGE_TOKENS, environ
 from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.coordinator.attended import Attended
 from rheoserve_sgl.coordinator.exchange import (
     BEFORE_BYTES,
     BESIDE_BYTES,
@@ -22,7 +23,6 @@ from rheoserve_sgl.coordinator.exchange import (
 )
 from rheoserve_sgl.coordinator.lane import Lane
 from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
-from rheoserve_sgl.ops.plan import Plan
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -46,7 +46,6 @@ class Coordinator:
         self.config = pool.config
         self._ranking = Ranking.of(pool.config)
         self._freed: list[torch.Tensor] = []
-        self._visited: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._steps = 0
         self._due = False  # whether an exchange waits for the one before
         self._changed = True  # whether requests joined or left since the last exchange
@@ -55,10 +54,11 @@ class Coordinator:
         # Of this step's scores in the importance: it grows instead of the past being multiplied down.
         self.weight = 1.0
         seed = environ.random_exchange_seed()
-        self.gpu = None  # the GpuDecode that counts the blocks attended in each tier, on a GPU
+        self.gpu = None  # the GpuDecode, on a GPU
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
-        self.counts = dict.fromkeys(("decode_steps", "exchanges", "device_blocks", "host_blocks"), 0)
+        self.counts = dict.fromkeys(("decode_steps", "exchanges"), 0)
+        self.attended = Attended(1, pool.device)  # the backend knows how many requests there can be
 
     def page_freed(self, pages: torch.Tensor):
         """Pages went back to the allocator. Safe to call while a batch is in flight."""
@@ -100,8 +100,7 @@ class Coordinator:
             lens: `[batch]` tokens of each request on the CPU, the new one included, where blocks also swap
         """
         self.settle()
-        if self._visited:
-            self.sum_visits()
+        self.attended.settle()
         self._steps += 1
         self.counts["decode_steps"] += 1
         self._fade()
@@ -146,20 +145,6 @@ class Coordinator:
         if self.weight > MOST_WEIGHT:
             self.pool.importance /= self.weight
             self.weight = 1.0
-
-    def count_visits(self, plan: Plan):
-        """Count the blocks that one layer's plan attends in each tier."""
-        self._visited.append((plan.device.count, plan.host.count))
-
-    def sum_visits(self):
-        """Bring the counts of attended blocks up to date: once a step, since sums of small tensors cost more than the
-        tensors."""
-        if self.gpu is not None:
-            self.counts["device_blocks"], self.counts["host_blocks"] = self.gpu.totals.tolist()
-        if self._visited:
-            for name, counts in zip(("device_blocks", "host_blocks"), zip(*self._visited, strict=True), strict=True):
-                self.counts[name] += int(torch.cat(counts).sum())
-            self._visited.clear()
 
     def _exchange(self, batch: Batch):
         pool = self.pool
@@ -209,14 +194,14 @@ class Coordinator:
         if pool.importance.is_cuda:
             torch.cuda.synchronize()  # a batch may be in flight on SGLang's forward stream
         self.settle()
-        self.sum_visits()
+        blocks = self.attended.totals()
         if self.lane is not None:
             self._due |= self.lane.finish()
         used, moved = pool.residency.used, int(pool.moved)
         frames = pool.frame_count * pool.layer_num
         host_pages = pool.host.pages - 1
         live = (host_pages - free_pages) * pool.layer_num * pool.head_num
-        attended = self.counts["device_blocks"] + self.counts["host_blocks"]
+        attended = blocks["device_blocks"] + blocks["host_blocks"]
         return {
             "frames_used": used,
             "frames_free": frames - used,
@@ -224,9 +209,10 @@ class Coordinator:
             "host_pages_free": free_pages,
             "page_tokens": PAGE_TOKENS,
             "resident_fraction": used / live if live else 0.0,
-            "host_attention_share": self.counts["host_blocks"] / attended if attended else 0.0,
+            "host_attention_share": blocks["host_blocks"] / attended if attended else 0.0,
             "exchanged_blocks": moved,
             "exchanged_bytes": moved * pool.block_bytes,
             **self.counts,
+            **blocks,
             **(self.gpu.times() if self.gpu is not None else {}),
         }

@@ -2,6 +2,7 @@
 
 import torch
 
+from rheoserve_sgl.coordinator.attended import named
 from rheoserve_sgl.coordinator.coordinator import Coordinator
 
 
@@ -13,29 +14,31 @@ class Figures:
 
     def __init__(self, coordinator: Coordinator):
         self._coordinator, self._pool = coordinator, coordinator.pool
-        self._room = torch.zeros(5, dtype=torch.int64, pin_memory=True) if self._pool.importance.is_cuda else None
+        self._room = torch.zeros(6, dtype=torch.int64, pin_memory=True) if self._pool.importance.is_cuda else None
 
     def read(self) -> dict:
         """Counts by name: blocks, bytes, seconds, frames."""
         coordinator, pool, gpu = self._coordinator, self._pool, self._coordinator.gpu
         seconds = {}
         if gpu is None:
-            coordinator.sum_visits()
-            device_blocks, host_blocks = (coordinator.counts[name] for name in ("device_blocks", "host_blocks"))
+            blocks = coordinator.attended.totals()
             moved, used = int(pool.moved), pool.residency.used
         else:
-            device_blocks, host_blocks, moved, used, waited = self._room.tolist()
+            *blocks, moved, used, waited = self._room.tolist()
+            blocks = named(blocks)
             seconds = gpu.times(waited)
             held = (pool.residency.owner >= 0).sum()
-            parts = (gpu.totals, pool.moved[None], held[None], gpu.asker.waited)
+            parts = (coordinator.attended.counts.sum(0), pool.moved[None], held[None], gpu.asker.waited)
             self._room.copy_(torch.cat(parts), non_blocking=True)
-        return seconds | {
-            "device_blocks": device_blocks,
-            "host_blocks": host_blocks,
-            "exchanged_bytes": moved * pool.block_bytes,
-            "exchanges": coordinator.counts["exchanges"],
-            "decode_steps": coordinator.counts["decode_steps"],
-            "frames": pool.frame_count * pool.layer_num,
-            "frames_used": used,
-            "host_pages": pool.host.pages - 1,
-        }
+        return (
+            seconds
+            | blocks
+            | {
+                "exchanged_bytes": moved * pool.block_bytes,
+                "exchanges": coordinator.counts["exchanges"],
+                "decode_steps": coordinator.counts["decode_steps"],
+                "frames": pool.frame_count * pool.layer_num,
+                "frames_used": used,
+                "host_pages": pool.host.pages - 1,
+            }
+        )

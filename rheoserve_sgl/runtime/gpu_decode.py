@@ -37,8 +37,7 @@ class GpuDecode:
         self.doorbell = Doorbell(exchange, stores, scale, pool.threads, cpus)
         self.seconds = environ.answer_seconds(ANSWER_SECONDS)
         self.asker = Asker(exchange, self.seconds, self.layers)
-        self.step = GpuStep(pool, rules, exchange, self.asker)
-        self.totals = self.step.totals  # `[2]` int64, blocks attended in each tier
+        self.step = GpuStep(pool, rules, exchange, self.asker, totals=self.coordinator.attended.counts)
         self.coordinator.gpu = self
         self.coordinator.swap(self.step.tables.rows(1))  # of no request: compiles what runs outside CUDA graphs
         torch.cuda.synchronize()

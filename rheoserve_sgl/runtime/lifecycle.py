@@ -1,6 +1,7 @@
 """Hooks on what happens to requests, and on what the server tells about itself."""
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.runtime import request_report
 
 
 def request_left(req, tree_cache, is_insert=True):
@@ -12,6 +13,7 @@ def request_left(req, tree_cache, is_insert=True):
     pool = tree_cache.token_to_kv_pool_allocator.get_kvcache()
     if not isinstance(pool, TwoTierKVPool) or req.req_pool_idx is None:
         return
+    request_report.leave(req, pool.coordinator.attended)
     row = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx]
     allocated = row[: req.kv.kv_allocated_len : pool.page_size]
     pool.coordinator.request_left(allocated // pool.page_size)

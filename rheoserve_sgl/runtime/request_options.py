@@ -2,7 +2,8 @@
 
 Keys: `token_budget`, tokens selected per KV head and step; or `mode`, "full" to attend to all blocks and "window" to
 sink and window only, on a server that selects by a budget. Blocks that are resident are attended on top, unless the
-server was started with `--rheoserve-device-attention selected`.
+server was started with `--rheoserve-device-attention selected`. `report`: whether the answer tells what was attended to
+(rheoserve_sgl/runtime/request_report.py).
 """
 
 import logging
@@ -30,10 +31,12 @@ def selected_pages(custom_params, config: RheoConfig) -> int:
     if options is None:
         return config.budget_pages
     if not isinstance(options, dict):
-        _refuse("", options, "an object with token_budget or mode")
+        _refuse("", options, "an object with token_budget, mode or report")
     for name in options:
-        if name not in ("token_budget", "mode"):
-            _refuse("." + name, options[name], "token_budget, mode are the options")
+        if name not in ("token_budget", "mode", "report"):
+            _refuse("." + name, options[name], "token_budget, mode, report are the options")
+    if not isinstance(options.get("report", False), bool):
+        _refuse(".report", options["report"], "true, false")
     mode = options.get("mode", config.mode)
     if mode == config.mode and "token_budget" not in options:
         return config.budget_pages
@@ -92,7 +95,11 @@ def check_options(result, params, *_):
 
 def requests_enter(result, batch):
     """AFTER `alloc_for_extend`: the batch's requests have their slots."""
-    limits = getattr(batch.tree_cache.token_to_kv_pool_allocator.get_kvcache(), "limits", None)
+    pool = batch.tree_cache.token_to_kv_pool_allocator.get_kvcache()
+    limits = getattr(pool, "limits", None)
     if limits is not None:
+        from rheoserve_sgl.runtime import request_report
+
         for request in batch.reqs:
             limits.admit(request.req_pool_idx, request.sampling_params.custom_params)
+            request_report.enter(request, pool.coordinator.attended)

@@ -11,6 +11,7 @@ COUNTERS = {
     "decode_steps": "Decode steps.",
     "device_blocks": "Blocks that the device attended to, over all layers and KV heads.",
     "host_blocks": "Blocks that the CPU attended to in place, over all layers and KV heads.",
+    "selected_blocks": "Blocks that were selected, over all layers and KV heads; the CPU visited some.",
     "exchanges": "Exchanges of blocks between the tiers; swaps of a step are not counted.",
     "exchanged_bytes": "Bytes copied from the host store into frames.",
     "host_attention_seconds": "Seconds in which the CPU attended to blocks (on a GPU only).",

@@ -85,8 +85,8 @@ def _ring(counter, arrived, rung, bell, layers, asks, says):
 
 @triton.jit
 def _plan(
-    logits, tile_max, tile_sum, pages, n_pages, tail_len, quiet, frame_of, importance, weight, budgets, q, q_out,
-    frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, came,
+    logits, tile_max, tile_sum, pages, n_pages, tail_len, quiet, requests, frame_of, importance, weight, budgets,
+    q, q_out, frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, came,
     counter, arrived, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr,
@@ -152,8 +152,10 @@ def _plan(
     tl.store(visited + pair, on_host)
     has_tail = tl.sum((outside & (at == count - 1)).to(tl.int32), 0) > 0
     tl.store(visit_last + pair, tl.where(has_tail, tail, TOKENS), mask=says)
-    tl.atomic_add(totals, on_device.to(tl.int64), sem="relaxed")
-    tl.atomic_add(totals + 1, on_host.to(tl.int64), sem="relaxed")
+    own = totals + tl.load(requests + row) * 3
+    tl.atomic_add(own, on_device.to(tl.int64), sem="relaxed")
+    tl.atomic_add(own + 1, on_host.to(tl.int64), sem="relaxed")
+    tl.atomic_add(own + 2, tl.sum(chosen.to(tl.int64), 0), sem="relaxed")
     if on_host > 0:
         query = tl.arange(0, QUERIES)
         dim = tl.arange(0, WIDE)
@@ -184,7 +186,8 @@ def plan_gpu(
         device: Visit, gets the resident lists
         visited: `[batch, kv_heads]` int32 on the device, gets the lengths of the visit lists; holds what the exchange's
             lists have had since the last call
-        totals: `[2]` int64, gets the blocks listed for the device and for the CPU
+        totals: `[slots, 3]` int64, of each row of req_to_token: gets the blocks listed for the device, for the CPU, and
+            selected
         asker: Asker; None: the CPU is not asked. Every call is a question with a number; those of nothing are passed
             over, but for a step's last, with which the CPU may go to sleep
         arrived: `[1]` int32, how many of the programs that copy beside the step are done with this layer; None: nothing
@@ -199,8 +202,8 @@ def plan_gpu(
     heads = logits.shape[2] if record else 1
     bell = (asker.counter, asker.arrived, asker.rung, asker.asked, asker.layers) if asker else (*[totals] * 4, 1)
     _plan[(batch * kv_heads,)](
-        logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, tables.quiet, frame_of, importance,
-        weight, budgets, q, exchange.q, device.blocks, device.count, device.last_len,
+        logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, tables.quiet, tables.requests,
+        frame_of, importance, weight, budgets, q, exchange.q, device.blocks, device.count, device.last_len,
         exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals,
         totals if arrived is None else arrived, *bell,
         kv_heads, heads, group, max_pages, tiles,

@@ -27,9 +27,10 @@ class GpuStep:
         exchange: pinned memory for the questions to the CPU, `[batch, kv_heads, ...]`
         asker: Asker; the CPU's threads answer for the next layer in turn
         answer: answers in their place, where there is no asker: Triton's interpreter has no bell
+        totals: see `plan_gpu`; None: its own
     """
 
-    def __init__(self, pool, rules: list[Rule], exchange: Exchange, asker, answer=None):
+    def __init__(self, pool, rules: list[Rule], exchange: Exchange, asker, answer=None, totals=None):
         self.pool, self.rules, self.exchange, self.asker, self.answer = pool, rules, exchange, asker, answer
         batch, kv_heads, group, dim = exchange.q.shape
         max_pages = exchange.visit.blocks.shape[-1]
@@ -41,7 +42,7 @@ class GpuStep:
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
         self.weight = torch.ones(1, dtype=torch.float32, device=device)  # of this step's scores in the importance
-        self.totals = torch.zeros(2, dtype=torch.int64, device=device)  # blocks listed for the device, for the CPU
+        self.totals = torch.zeros((batch, 3), dtype=torch.int64, device=device) if totals is None else totals
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
