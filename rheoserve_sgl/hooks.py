@@ -20,8 +20,8 @@ class Hook:
     target: dotted path in SGLang
     kind: HookType by name: "before", "after", "around" or "replace"
     handler: dotted path of ours, imported when the hook is registered
-    role: "scheduler" for the model's process only, "all" for the launching process too, "engine" for a
-        process that imported the offline engine before the plugins were loaded
+    role: "scheduler" for the model's process only, "main" for the launching one only, "all" for both, "engine" for a
+        launching process that imported the offline engine before the plugins were loaded
     """
 
     target: str
@@ -34,6 +34,7 @@ _SIZES = SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator."
 _REPORTS = SRT + "managers.scheduler_components."
 _XGRAMMAR = SRT + "constrained.xgrammar_backend."
 _OURS = "rheoserve_sgl.runtime."
+_PAGE = "rheoserve_sgl.observe.routes."
 
 HOOKS = (
     Hook(SRT + "server_args.ServerArgs", "replace", "rheoserve_sgl.server_args.RheoServerArgs", role="all"),
@@ -79,6 +80,8 @@ HOOKS = (
         _OURS + "telemetry.export_metrics",
     ),
     Hook(SRT + "managers.scheduler.Scheduler.get_internal_state", "after", _OURS + "lifecycle.add_state"),
+    Hook(SRT + "utils.common.set_uvicorn_logging_configs", "before", _PAGE + "add_routes", role="main"),
+    Hook(SRT + "utils.auth.decide_request_auth", "around", _PAGE + "allow_page", role="main"),
 )
 
 
@@ -87,8 +90,8 @@ def hooks_for(in_scheduler: bool) -> list[Hook]:
     roles = {"all"}
     if in_scheduler:
         roles.add("scheduler")
-    elif ENGINE in sys.modules:
-        roles.add("engine")
+    else:
+        roles |= {"main", "engine"} if ENGINE in sys.modules else {"main"}
     return [hook for hook in HOOKS if hook.role in roles]
 
 
@@ -119,7 +122,8 @@ def require_hooks():
 
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    missing = [hook.target for hook in HOOKS if hook.role != "engine" and hook.target not in HookRegistry._patched]
+    ours = [hook.target for hook in HOOKS if hook.role in ("scheduler", "all")]
+    missing = [target for target in ours if target not in HookRegistry._patched]
     if missing:
         raise RuntimeError(
             "RheoServe cannot serve: these hooks into SGLang are not in place: "

@@ -97,5 +97,10 @@ def test_main_process_gets_no_model_hooks():
         "print([t for t in ours if 'smg' not in t], ServerArgs.__name__, choices.count('rheoserve'))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    ours = ["sglang.srt.sampling.sampling_params.SamplingParams.verify", "sglang.srt.server_args.ServerArgs"]
+    names = (
+        "sampling.sampling_params.SamplingParams.verify",
+        "server_args.ServerArgs",
+        "utils.auth.decide_request_auth",
+    )
+    ours = ["sglang.srt." + name for name in (*names, "utils.common.set_uvicorn_logging_configs")]
     assert out.splitlines()[-1] == f"{ours} RheoServerArgs 1"

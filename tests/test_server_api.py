@@ -89,7 +89,7 @@ def test_an_answer_tells_what_was_attended_to_when_asked(full):
     reports = [answer["meta_info"]["finish_reason"].get("rheoserve") for answer in answers]
     assert reports[2] is None
     for length, report in zip((700, 1500), reports, strict=False):
-        # Steps attend to all blocks of 4 layers and 2 KV heads. (The last one is begun before the answer's end is known.)
+        # Steps attend to all blocks of 4 layers and 2 KV heads; one is begun before the answer's end is known.
         pages = sum((length + step + 63) // 64 for step in range(1, 21))
         assert report["selected_blocks"] == 8 * pages == report["device_blocks"] + report["host_blocks"]
         assert 0 < report["host_share"] < 1

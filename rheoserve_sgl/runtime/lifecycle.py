@@ -1,6 +1,7 @@
 """Hooks on what happens to requests, and on what the server tells about itself."""
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.observe import look
 from rheoserve_sgl.runtime import request_report
 
 
@@ -19,8 +20,9 @@ def request_left(req, tree_cache, is_insert=True):
     pool.coordinator.request_left(allocated // pool.page_size)
 
 
-def add_state(result, scheduler, *_):
-    """AFTER `Scheduler.get_internal_state`: settings and live counts under the key "rheoserve"."""
+def add_state(result, scheduler, question):
+    """AFTER `Scheduler.get_internal_state`: settings and live counts under the key "rheoserve", and what the live page
+    shows, if it asks."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if isinstance(pool, TwoTierKVPool):
         free = scheduler.token_to_kv_pool_allocator.available_size() // pool.page_size
@@ -29,6 +31,9 @@ def add_state(result, scheduler, *_):
             "cpu_variant": _cpu_variant(),
             **pool.coordinator.stats(free),
         }
+        seen = look.answer(question.rid, scheduler)
+        if seen is not None:
+            result.internal_state["rheoserve"]["look"] = seen
 
 
 def enable_fused_set_kv_buffer(original, *args, **kwargs):

@@ -1,0 +1,109 @@
+"use strict";
+const POLL_MS = 1000, LINES = 60;
+const DEVICE = [47, 125, 225], HOST = [224, 117, 45];
+const by = (id) => document.getElementById(id);
+let key = sessionStorage.getItem("rheoserve-key"), rid = "", last = null, lines = [], shown = "";
+
+async function poll() {
+  const query = new URLSearchParams({ rid, layer: by("layer").value || 0, head: by("head").value || 0 });
+  try {
+    const reply = await fetch("/rheoserve/data?" + query, { headers: key ? { Authorization: "Bearer " + key } : {} });
+    by("login").hidden = reply.status !== 401;
+    by("status").textContent = reply.ok ? "live" : reply.status === 401 ? "needs the API key" : "error " + reply.status;
+    if (reply.ok) show(await reply.json());
+  } catch (error) {
+    by("status").textContent = "no answer";
+  }
+  setTimeout(poll, POLL_MS);
+}
+
+function show(data) {
+  const now = data.ranks[0], view = now.look, before = last;
+  last = { time: data.time, ...now };
+  const since = (name) => (before ? now[name] - before[name] : 0);
+  const steps = since("decode_steps"), selected = since("selected_blocks");
+  const percent = (part, whole) => (whole > 0 ? (100 * part / whole).toFixed(1) + "%" : "–");
+  tiles({
+    "decode steps a second": before ? (steps / (data.time - before.time)).toFixed(1) : "–",
+    "selected blocks resident": percent(selected - since("host_blocks"), selected),
+    "attended by the CPU": percent(since("host_blocks"), since("host_blocks") + since("device_blocks")),
+    "frames in use": percent(now.frames_used, now.frames_used + now.frames_free),
+    "host pages in use": percent(now.host_pages_used, now.host_pages_used + now.host_pages_free),
+    "copied into frames": (since("exchanged_bytes") / 1e6).toFixed(1) + " MB",
+  });
+  if (before && steps > 0) split(1000 * (data.time - before.time) / steps, steps, since);
+  requests(view.requests);
+  by("layer").max = view.layers - 1;
+  by("head").max = view.heads - 1;
+  if (view.map) draw(view.map);
+}
+
+function tiles(values) {
+  by("tiles").replaceChildren(...Object.entries(values).map(([name, value]) => {
+    const tile = document.createElement("div"), number = document.createElement("b");
+    number.textContent = value;
+    tile.append(number, name);
+    return tile;
+  }));
+}
+
+/* Milliseconds of a step: the CPU attends beside the GPU, which waits for it at the end. */
+function split(whole, steps, since) {
+  const wait = 1000 * (since("exposed_wait_seconds") || 0) / steps;
+  const host = 1000 * (since("host_attention_seconds") || 0) / steps;
+  const parts = [["step", whole - wait, "#5a6b7b"], ["waiting for the CPU", wait, "#b3422f"]];
+  by("step").replaceChildren(...parts.filter(([, took]) => took > 0).map(([name, took, colour]) => {
+    const part = document.createElement("span");
+    part.style.cssText = `flex: ${took}; background: ${colour}`;
+    part.textContent = `${name} ${took.toFixed(1)} ms`;
+    return part;
+  }));
+  by("step").title = `${whole.toFixed(1)} ms between steps; the CPU attends for ${host.toFixed(1)} ms`;
+}
+
+function requests(all) {
+  if (!all.some((one) => one.rid === rid)) choose((all.find((one) => one.state === "decoding") || { rid: "" }).rid);
+  by("requests").tBodies[0].replaceChildren(...all.map((one) => {
+    const row = document.createElement("tr");
+    for (const text of [one.rid, one.state, one.prompt_tokens, one.output_tokens]) row.insertCell().textContent = text;
+    row.className = one.rid === rid ? "chosen" : "";
+    row.onclick = () => choose(one.rid);
+    return row;
+  }));
+}
+
+function choose(name) {
+  rid = name || rid;
+}
+
+function draw(map) {
+  const what = [map.rid, map.layer, map.head, map.blocks_a_column].join();
+  if (what !== shown) lines = [];
+  shown = what;
+  lines = [...lines, map].slice(-LINES);
+  by("chosen").textContent = map.rid;
+  by("where").textContent = `${map.resident_blocks} of ${map.pages} blocks on the device`;
+  const canvas = by("map"), width = map.weight.length;
+  canvas.width = width;
+  canvas.height = LINES;
+  const context = canvas.getContext("2d"), image = context.createImageData(width, LINES);
+  lines.forEach((line, at) => {
+    const row = lines.length - 1 - at;
+    line.weight.forEach((weight, column) => {
+      if (column >= width) return;
+      const here = line.resident[column] / 255, light = 0.25 + 0.75 * Math.sqrt(weight / 255);
+      DEVICE.forEach((part, channel) => {
+        image.data[4 * (row * width + column) + channel] = light * (here * part + (1 - here) * HOST[channel]);
+      });
+      image.data[4 * (row * width + column) + 3] = 255;
+    });
+  });
+  context.putImageData(image, 0, 0);
+}
+
+by("login").onsubmit = (event) => {
+  event.preventDefault();
+  key = by("key").value;
+  sessionStorage.setItem("rheoserve-key", key);
+};
+poll();
