@@ -8,6 +8,7 @@ MODES = ("balanced", "retrieval", "window", "full")
 SELECTORS = ("auto", "seer", "quest", "mean", "oracle")
 GATE_ROPE = ("first", "last")
 DEVICE_ATTENTION = ("resident", "selected")
+CANARY = ("off", "log", "raise")
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_HOST_RATIO = 4.0
 PREFIX = "rheoserve_"
@@ -36,6 +37,7 @@ class RheoConfig:
     exchange_interval: int = 16
     host_threads: int | None = None  # None: all processors this process may use
     device_attention: str = "resident"
+    canary: str = "off"
 
     def __post_init__(self):
         self._choice("mode", MODES)
@@ -47,6 +49,7 @@ class RheoConfig:
         self._choice("gate_rope", GATE_ROPE)
         self._at_least("dense_layers", 0)
         self._choice("device_attention", DEVICE_ATTENTION)
+        self._choice("canary", CANARY)
         self._pages("sink_tokens", at_least=PAGE_TOKENS)
         self._pages("window_tokens", at_least=0)
         self._pages("device_tokens", at_least=PAGE_TOKENS)

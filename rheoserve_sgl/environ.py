@@ -4,6 +4,7 @@ RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`amx`, `avx512_bf16`
                                 `neon`, `scalar`)
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
 RHEOSERVE_TEST_ANSWER_SECONDS   tests only: how long a GPU waits for the CPU's attention
+RHEOSERVE_TEST_FAULT            tests only: `host` or `frame`; the canary first changes a bit there itself
 
 SGLANG_USE_CPU_ENGINE           SGLang's: 1 asks for its own CPU engine, and our CPU platform steps aside
 
@@ -37,6 +38,14 @@ def answer_seconds(default: float) -> float:
         return float(text) if text else default
     except ValueError:
         raise ValueError(f"RHEOSERVE_TEST_ANSWER_SECONDS is {text!r}; legal: a number of seconds") from None
+
+
+def planted_fault() -> str:
+    """Where the canary is to change a bit before it looks, or ""."""
+    where = os.environ.get("RHEOSERVE_TEST_FAULT", "")
+    if where not in ("", "host", "frame"):
+        raise ValueError(f"RHEOSERVE_TEST_FAULT is {where!r}; legal: host, frame")
+    return where
 
 
 def wants_sglang_cpu_engine() -> bool:

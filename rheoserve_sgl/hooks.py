@@ -79,6 +79,7 @@ HOOKS = (
         "after",
         _OURS + "telemetry.export_metrics",
     ),
+    Hook(SRT + "managers.scheduler.Scheduler.on_idle", "before", _OURS + "lifecycle.look_when_idle"),
     Hook(SRT + "managers.scheduler.Scheduler.get_internal_state", "after", _OURS + "lifecycle.add_state"),
     Hook(SRT + "utils.common.set_uvicorn_logging_configs", "before", _PAGE + "add_routes", role="main"),
     Hook(SRT + "utils.auth.decide_request_auth", "around", _PAGE + "allow_page", role="main"),

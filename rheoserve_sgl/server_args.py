@@ -13,7 +13,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS, environ
-from rheoserve_sgl.config import DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
+from rheoserve_sgl.config import CANARY, DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
 from rheoserve_sgl.refusals import refuse_flags, refuse_gate, refuse_model
 
 
@@ -111,6 +111,16 @@ class RheoServerArgs(ServerArgs):
         ),
         NS("memory"),
     ] = "resident"
+    rheoserve_canary: Annotated[
+        str,
+        Arg(
+            help="RheoServe: between batches, hold random live blocks against checksums of what was written, and "
+            "frames against the host store; 'log' or 'raise' (which ends the server) what differs. For tests and "
+            "doubts: it costs time and 8 bytes a token, layer and KV head.",
+            choices=list(CANARY),
+        ),
+        NS("memory"),
+    ] = "off"
 
     def __post_init__(self):
         if not selects_rheoserve(self):

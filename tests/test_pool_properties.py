@@ -74,6 +74,7 @@ class PoolMachine(RuleBasedStateMachine):
             window_tokens=64,
             token_budget=256,
             exchange_interval=2,
+            canary="raise",
         )
         if slow and self.device == "cpu":
             self.pool.coordinator.lane = SlowLane(self.pool)
@@ -298,6 +299,10 @@ class PoolMachine(RuleBasedStateMachine):
                 whole = slice(None, self.filled[page])
                 there = pool.frames.layers[layer][frame, :, whole].cpu()
                 assert torch.equal(there, pool.host.layers[layer][page, head, :, whole])
+        # Nothing was changed that the canary would find.
+        written = torch.nonzero(pool.canary.known.any(1))[:, 0]
+        assert set(written.tolist()) <= live
+        assert not any(pool.canary.finding(layer, written) for layer in range(LAYERS) if len(written))
         # No frame is held by page 0 or by a page that nobody has.
         for layer, page, head in held:
             assert owner[layer, frame_of[layer, page, head]] == page * HEADS + head

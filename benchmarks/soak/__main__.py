@@ -1,7 +1,7 @@
 """Minutes of mixed traffic on a live server: `python -m benchmarks.soak --minutes 10`.
 
 Plain and long prompts, conversations, shared prefixes, budgets of requests' own, structured output, clients that leave,
-aborts, flushes and bad requests, from several clients at once, with SGLang's memory checks on while it is busy, few
+aborts, flushes and bad requests, from several clients at once, with SGLang's memory checks and the canary on, few
 frames, a small host store, and a retraction every 40 steps. The budget covers every prompt, so each answer
 is dense attention's: afterwards a sample of them is compared, token by token, with a server of SGLang's own attention.
 Ends with 1 if anything was wrong; the last line is JSON.
@@ -26,7 +26,7 @@ GROWTH = 0.02  # of the memory, in the last third
 COMMON = ["--context-length", "16384", "--chunked-prefill-size", "2048"]
 RHEOSERVE = [
     *("--attention-backend", "rheoserve", "--rheoserve-device-tokens", "2048", "--rheoserve-token-budget", "16384"),
-    *("--max-running-requests", "8", "--enable-custom-logit-processor"),
+    *("--max-running-requests", "8", "--enable-custom-logit-processor", "--rheoserve-canary", "raise"),
 ]
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2",

@@ -7,6 +7,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.cache.canary import Canary
 from rheoserve_sgl.cache.frames import Frames
 from rheoserve_sgl.cache.host_store import HostStore
 from rheoserve_sgl.cache.quick_keys import QuickKeys
@@ -60,6 +61,7 @@ class TwoTierKVPool(MHATokenToKVPool):
         # Of blocks that move beside a step: for each layer, how many of the kernel's programs are done with it.
         self.arrived = torch.zeros(self.layer_num, dtype=torch.int32, device=self.device)
         self.importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self.canary = None if self.config.canary == "off" else Canary(self, raises=self.config.canary == "raise")
         logger.info(
             "RheoServe pool: host store %.2f GiB (%d tokens%s), frames %.2f GiB (%d tokens), quick keys %.3f GiB, "
             "made in %.1f s",
@@ -107,6 +109,8 @@ class TwoTierKVPool(MHATokenToKVPool):
         if k.is_cuda:
             from rheoserve_sgl.ops.gpu.append import append_gpu as write
         write(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
+        if self.canary is not None:
+            self.canary.wrote(index, loc, k, v)
 
     def forget_pages(self, pages: torch.Tensor):
         """Give back the frames of pages that left their owner."""

@@ -63,6 +63,8 @@ class Coordinator:
     def page_freed(self, pages: torch.Tensor):
         """Pages went back to the allocator. Safe to call while a batch is in flight."""
         self._freed.append(pages)
+        if self.pool.canary is not None:
+            self.pool.canary.freed(pages)
 
     def request_left(self, pages: torch.Tensor):
         """A request left these pages; the radix tree may still hold them."""
@@ -85,12 +87,16 @@ class Coordinator:
         pages = torch.cat(self._freed).long()
         self._freed.clear()
         self.pool.forget_pages(pages)
+        if self.pool.canary is not None:
+            self.pool.canary.settle()
 
     def clear(self):
         """All pages were freed at once (flush_cache)."""
         self._freed.clear()
         self._changed = True
         self.pool.clear()  # what is on its way will not be admitted
+        if self.pool.canary is not None:
+            self.pool.canary.clear()
 
     def begin_decode(self, make_batch: Callable[[], Batch], lens: torch.Tensor | None = None):
         """Call before a decode step's first layer.
@@ -101,6 +107,8 @@ class Coordinator:
         """
         self.settle()
         self.attended.settle()
+        if self.pool.canary is not None and self.lane is None:  # a look would wait for a GPU
+            self.pool.canary.look()
         self._steps += 1
         self.counts["decode_steps"] += 1
         self._fade()

@@ -20,6 +20,13 @@ def request_left(req, tree_cache, is_insert=True):
     pool.coordinator.request_left(allocated // pool.page_size)
 
 
+def look_when_idle(scheduler):
+    """BEFORE `Scheduler.on_idle`: nothing is in flight, so the canary looks at some blocks."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if isinstance(pool, TwoTierKVPool) and pool.canary is not None and scheduler.is_fully_idle():
+        pool.canary.look()
+
+
 def add_state(result, scheduler, question):
     """AFTER `Scheduler.get_internal_state`: settings and live counts under the key "rheoserve", and what the live page
     shows, if it asks."""
