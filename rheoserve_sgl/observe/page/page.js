@@ -19,6 +19,7 @@ async function poll() {
 
 function show(data) {
   const now = data.ranks[0], view = now.look, before = last;
+  if (view.error) return void (by("status").textContent = view.error);
   last = { time: data.time, ...now };
   const since = (name) => (before ? now[name] - before[name] : 0);
   const steps = since("decode_steps"), selected = since("selected_blocks");
