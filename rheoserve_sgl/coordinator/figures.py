@@ -30,15 +30,12 @@ class Figures:
             held = (pool.residency.owner >= 0).sum()
             parts = (coordinator.attended.counts.sum(0), pool.moved[None], held[None], gpu.asker.waited)
             self._room.copy_(torch.cat(parts), non_blocking=True)
-        return (
-            seconds
-            | blocks
-            | {
-                "exchanged_bytes": moved * pool.block_bytes,
-                "exchanges": coordinator.counts["exchanges"],
-                "decode_steps": coordinator.counts["decode_steps"],
-                "frames": pool.frame_count * pool.layer_num,
-                "frames_used": used,
-                "host_pages": pool.host.pages - 1,
-            }
-        )
+        own = {
+            "exchanged_bytes": moved * pool.block_bytes,
+            "exchanges": coordinator.counts["exchanges"],
+            "decode_steps": coordinator.counts["decode_steps"],
+            "frames": pool.frame_count * pool.layer_num,
+            "frames_used": used,
+            "host_pages": pool.host.pages - 1,
+        }
+        return seconds | blocks | own
