@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.attended import Attended
+from rheoserve_sgl.coordinator.working_set import WorkingSets
 from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
@@ -41,18 +42,19 @@ class RheoAttnBackend(AttentionBackend):
                 "another plugin may have replaced it: see SGLANG_PLUGINS"
             )
         self.coordinator = self.token_to_kv_pool.coordinator
-        self.coordinator.attended = Attended(len(self.req_to_token_pool.req_to_token), self.token_to_kv_pool.device)
-        observe(self.coordinator)
         self.config = self.token_to_kv_pool.config
+        slots, device = len(self.req_to_token_pool.req_to_token), torch.device(self.token_to_kv_pool.device)
+        self.coordinator.attended = Attended(slots, device)
+        if self.config.admits(on_gpu=device.type == "cuda"):
+            self.coordinator.working_sets = WorkingSets(slots, device)
+        observe(self.coordinator)
         rule = decode_rule(self.config)
         self.selects = rule.needs_scores
         self.rules = [
             replace(rule, select=Select.ALL) if index < self.config.dense_layers else rule
             for index in range(self.token_to_kv_pool.layer_num)
         ]
-        self.limits = SelectionLimits(
-            len(self.req_to_token_pool.req_to_token), self.config, self.token_to_kv_pool.device
-        )
+        self.limits = SelectionLimits(slots, self.config, device)
         self.token_to_kv_pool.limits = self.limits
         self.budgets: torch.Tensor | None = None
         self.threads = self.token_to_kv_pool.threads
@@ -61,7 +63,7 @@ class RheoAttnBackend(AttentionBackend):
         self.writes: Writes | None = None
         self.prefilled: torch.Tensor | None = None  # `[n]` pages of the requests in a prefill
         self.staging, self.behind = self._lanes()
-        self.gpu = self._on_gpu(model_runner) if torch.device(self.token_to_kv_pool.device).type == "cuda" else None
+        self.gpu = self._on_gpu(model_runner) if device.type == "cuda" else None
         logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
 
     def init_forward_metadata(self, forward_batch):

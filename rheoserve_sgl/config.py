@@ -9,6 +9,7 @@ SELECTORS = ("auto", "seer", "quest", "mean", "oracle")
 GATE_ROPE = ("first", "last")
 DEVICE_ATTENTION = ("resident", "selected")
 CANARY = ("off", "log", "raise")
+ADMISSION = ("auto", "on", "off")
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_HOST_RATIO = 4.0
 PREFIX = "rheoserve_"
@@ -38,6 +39,11 @@ class RheoConfig:
     host_threads: int | None = None  # None: all processors this process may use
     device_attention: str = "resident"
     canary: str = "off"
+    admission: str = "auto"  # on where there is a GPU
+    most_missed: float = 0.25
+    join_group: int = 4
+    join_patience: int = 16  # decode steps
+    decode_interleave: int = 8  # decode steps
 
     def __post_init__(self):
         self._choice("mode", MODES)
@@ -50,6 +56,12 @@ class RheoConfig:
         self._at_least("dense_layers", 0)
         self._choice("device_attention", DEVICE_ATTENTION)
         self._choice("canary", CANARY)
+        self._choice("admission", ADMISSION)
+        if not 0.0 < self.most_missed <= 1.0:
+            self._refuse("most_missed", "a number above 0, at most 1")
+        self._at_least("join_group", 1)
+        self._at_least("join_patience", 0)
+        self._at_least("decode_interleave", 0)
         self._pages("sink_tokens", at_least=PAGE_TOKENS)
         self._pages("window_tokens", at_least=0)
         self._pages("device_tokens", at_least=PAGE_TOKENS)
@@ -104,6 +116,11 @@ class RheoConfig:
     def attends_selected_only(self) -> bool:
         """Whether resident blocks that were not selected are left out of the attention."""
         return self.device_attention == "selected" or self.mode == "window"
+
+    def admits(self, on_gpu: bool) -> bool:
+        """Whether only those requests decode whose working sets fit the frames. Only `balanced` fills frames by what is
+        selected, and without a GPU frames are no faster than the host store."""
+        return self.mode == "balanced" and (self.admission == "on" or (self.admission == "auto" and on_gpu))
 
     def as_dict(self) -> dict:
         """Resolved settings for `/server_info`."""

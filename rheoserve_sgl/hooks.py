@@ -31,6 +31,7 @@ class Hook:
 
 
 _SIZES = SRT + "mem_cache.kv_cache_configurator.KVCacheConfigurator."
+_SCHEDULER = SRT + "managers.scheduler.Scheduler."
 _REPORTS = SRT + "managers.scheduler_components."
 _XGRAMMAR = SRT + "constrained.xgrammar_backend."
 _OURS = "rheoserve_sgl.runtime."
@@ -62,12 +63,20 @@ HOOKS = (
     ),
     Hook(SRT + "mem_cache.common.release_kv_cache", "before", _OURS + "lifecycle.request_left"),
     Hook(SRT + "mem_cache.allocation.alloc_for_extend", "after", _OURS + "request_options.requests_enter"),
-    Hook(SRT + "managers.scheduler.Scheduler.process_batch_result", "before", _OURS + "gpu_decode.require_answers"),
+    Hook(_SCHEDULER + "process_batch_result", "before", _OURS + "gpu_decode.require_answers"),
     Hook(
         SRT + "sampling.sampling_params.SamplingParams.verify",
         "after",
         _OURS + "request_options.check_options",
         role="all",
+    ),
+    Hook(_SCHEDULER + "get_next_batch_to_run", "around", _OURS + "controller.get_next_batch_to_run"),
+    Hook(_SCHEDULER + "update_running_batch", "around", _OURS + "controller.update_running_batch"),
+    Hook(_SCHEDULER + "get_new_batch_prefill", "around", _OURS + "controller.get_new_batch_prefill"),
+    Hook(
+        _REPORTS + "invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes",
+        "around",
+        _OURS + "controller.count_requests_once",
     ),
     Hook(
         _REPORTS + "pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
@@ -79,8 +88,8 @@ HOOKS = (
         "after",
         _OURS + "telemetry.export_metrics",
     ),
-    Hook(SRT + "managers.scheduler.Scheduler.on_idle", "before", _OURS + "lifecycle.look_when_idle"),
-    Hook(SRT + "managers.scheduler.Scheduler.get_internal_state", "after", _OURS + "lifecycle.add_state"),
+    Hook(_SCHEDULER + "on_idle", "before", _OURS + "lifecycle.look_when_idle"),
+    Hook(_SCHEDULER + "get_internal_state", "after", _OURS + "lifecycle.add_state"),
     Hook(SRT + "utils.common.set_uvicorn_logging_configs", "before", _PAGE + "add_routes", role="main"),
     Hook(SRT + "utils.auth.decide_request_auth", "around", _PAGE + "allow_page", role="main"),
 )

@@ -13,7 +13,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS, environ
-from rheoserve_sgl.config import CANARY, DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
+from rheoserve_sgl.config import ADMISSION, CANARY, DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
 from rheoserve_sgl.refusals import refuse_flags, refuse_gate, refuse_model
 
 
@@ -121,6 +121,35 @@ class RheoServerArgs(ServerArgs):
         ),
         NS("memory"),
     ] = "off"
+    rheoserve_admission: Annotated[
+        str,
+        Arg(
+            help="RheoServe: of the prefilled requests only those decode at once whose working sets (blocks selected "
+            "over the last steps) fit the device's memory; the others wait with their KV in host memory. 'auto': on "
+            "where there is a GPU. In mode 'balanced' only.",
+            choices=list(ADMISSION),
+        ),
+        NS("schedule"),
+    ] = "auto"
+    rheoserve_most_missed: Annotated[
+        float,
+        "RheoServe: while more than this share of the selection is not resident, the newest request pauses.",
+        NS("schedule"),
+    ] = 0.25
+    rheoserve_join_group: Annotated[
+        int,
+        "RheoServe: prefilled requests that join those that decode together, while more are being prefilled.",
+        NS("schedule"),
+    ] = 4
+    rheoserve_join_patience: Annotated[
+        int, "RheoServe: decode steps that a prefilled request waits at most for its group.", NS("schedule")
+    ] = 16
+    rheoserve_decode_interleave: Annotated[
+        int,
+        "RheoServe: decode steps between two batches (chunks) of prefill, so that long prompts do not stall what "
+        "decodes; 0: prefill first, as SGLang does.",
+        NS("schedule"),
+    ] = 8
 
     def __post_init__(self):
         if not selects_rheoserve(self):

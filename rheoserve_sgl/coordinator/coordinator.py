@@ -7,6 +7,7 @@ reused page can be written.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -23,6 +24,7 @@ from rheoserve_sgl.coordinator.exchange import (
 )
 from rheoserve_sgl.coordinator.lane import Lane
 from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
+from rheoserve_sgl.coordinator.working_set import STEPS, WorkingSets
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -33,6 +35,7 @@ MOST_WEIGHT = 1e6
 # A block swaps in with this importance, a step's selection being 1: it was selected in the last three steps. Others
 # wait for an exchange: there are many of nearly no importance, and they took the turns of those that matter.
 LEAST = 0.5
+ROUNDING = 0.999  # of an importance that has faded step by step
 
 
 class Coordinator:
@@ -59,6 +62,8 @@ class Coordinator:
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
         self.counts = dict.fromkeys(("decode_steps", "exchanges"), 0)
         self.attended = Attended(1, pool.device)  # the backend knows how many requests there can be
+        self.working_sets: WorkingSets | None = None  # the backend's, too, where admission goes by them
+        self.load = dict.fromkeys(("transactions_decoding", "transactions_waiting", "working_set_pages"), 0)
 
     def page_freed(self, pages: torch.Tensor):
         """Pages went back to the allocator. Safe to call while a batch is in flight."""
@@ -69,6 +74,10 @@ class Coordinator:
     def request_left(self, pages: torch.Tensor):
         """A request left these pages; the radix tree may still hold them."""
         self._freed.append(pages)
+        self._changed = True
+
+    def batch_changed(self):
+        """Other requests decode than before: frames are to be shared out anew."""
         self._changed = True
 
     def begin_extend(self):
@@ -116,6 +125,10 @@ class Coordinator:
             self._due |= self.lane.finish()
         self._due |= self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0
         self._due |= lens is not None and self._page_finds_frames(lens)
+        make_batch = cache(make_batch)
+        if self.working_sets is not None and self._steps % self.config.exchange_interval == 0:
+            recent = self.weight * DECAY**STEPS * ROUNDING
+            self.working_sets.measure(self.pool.importance, make_batch(), recent, self.attended.counts)
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
             self._exchange(make_batch())
@@ -221,6 +234,7 @@ class Coordinator:
             "exchanged_blocks": moved,
             "exchanged_bytes": moved * pool.block_bytes,
             **self.counts,
+            **self.load,
             **blocks,
             **(self.gpu.times() if self.gpu is not None else {}),
         }

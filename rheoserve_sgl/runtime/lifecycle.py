@@ -2,7 +2,7 @@
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.observe import look
-from rheoserve_sgl.runtime import request_report
+from rheoserve_sgl.runtime import request_report, transaction
 
 
 def request_left(req, tree_cache, is_insert=True):
@@ -37,6 +37,7 @@ def add_state(result, scheduler, question):
             "settings": pool.config.as_dict(),
             "cpu_variant": _cpu_variant(),
             **pool.coordinator.stats(free),
+            "transactions": transaction.describe(scheduler),
         }
         seen = look.answer(question.rid, scheduler)
         if seen is not None:

@@ -69,6 +69,10 @@ class SelectionLimits:
         self._known = [config.budget_pages] * slots
         self.pages = torch.full((slots,), config.budget_pages, dtype=torch.int32, device=device)
 
+    def of(self, slot: int) -> int:
+        """Pages that the request of a slot may select, known without a GPU."""
+        return self._known[slot]
+
     def admit(self, slot: int, custom_params):
         """A request takes a slot."""
         try:

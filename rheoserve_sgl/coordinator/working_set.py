@@ -1,0 +1,51 @@
+"""How many blocks requests select over some steps, and how much of that is resident: what admission goes by."""
+
+import torch
+
+STEPS = 8  # a block belongs to the working set if it was selected in the last steps, this many
+
+
+class WorkingSets:
+    """Measured at exchanges; on a GPU the numbers arrive later, and nobody waits for them.
+
+    Args:
+        slots: rows of SGLang's req_to_token
+    """
+
+    def __init__(self, slots: int, device):
+        self._pages = torch.zeros(slots, dtype=torch.float32, device=device)
+        self._on_gpu = self._pages.is_cuda
+        self._room = torch.zeros(slots + 2, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._copied = torch.cuda.Event() if self._on_gpu else None
+        self.measured = 0  # times
+
+    def measure(self, importance: torch.Tensor, batch, recent: float, counts: torch.Tensor):
+        """Count each request's blocks of at least an importance, in stream order.
+
+        Args:
+            importance: `[layers, all_pages, kv_heads]` float32
+            batch: rheoserve_sgl.runtime.batch.Batch
+            recent: importance of a block that was selected STEPS steps ago and not since
+            counts: `[slots, 3]` int64 of coordinator/attended.py
+        """
+        layers, _, kv_heads = importance.shape
+        selected = (importance[:, batch.pages] >= recent) & batch.valid[None, :, :, None]
+        self._pages.index_copy_(0, batch.requests, selected.sum((0, 2, 3)).float() / (layers * kv_heads))
+        now = torch.cat((self._pages.double(), counts[:, 1:].sum(0).double()))
+        self._room.copy_(now, non_blocking=self._on_gpu)
+        if self._copied is not None:
+            self._copied.record()
+        self.measured += 1
+
+    def read(self, wait: bool = False) -> list[float] | None:
+        """What was measured last: pages of each slot, for a KV head of a layer on average; then the blocks that the CPU
+        visited and those that were selected since the start. None while that is on its way.
+
+        Args:
+            wait: for it, so that all ranks read the same measurement
+        """
+        if self._copied is not None and not self._copied.query():
+            if not wait:
+                return None
+            self._copied.synchronize()
+        return self._room.tolist()

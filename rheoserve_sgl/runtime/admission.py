@@ -1,0 +1,84 @@
+"""Which of the prefilled requests decode: as many as have room for what they select.
+
+What a request has selected over the last steps is its working set. While the working sets of all that decode fit the
+frames, nearly all that is selected is resident; beyond that every request added makes the CPU's share of all grow.
+Source of the idea: SparseServe's working-set-aware batch size control (arXiv 2509.24626).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SLACK = 1.1  # of the frames: what decodes already may grow by this before one has to pause
+CALM = 8  # windows without too many misses until one request more is tried
+NO_BOUND = 1 << 30
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prefilled request.
+
+    need: pages of frames that each KV head of a layer needs for it
+    decodes: whether it took part in the last step
+    ends: whether it was aborted, so that one more step ends it
+    """
+
+    need: float
+    decodes: bool
+    ends: bool = False
+
+
+class Admission:
+    """Decides before each step, the same for the same history.
+
+    Args:
+        capacity: pages for which each KV head of a layer has frames
+        most_missed: share of the selection that may be missed before the newest request pauses
+        group: requests that join together
+        patience: steps that a request waits at most for its group
+    """
+
+    def __init__(self, capacity: float, most_missed: float, group: int = 1, patience: int = 0):
+        self.capacity, self.most_missed = capacity, most_missed
+        self.group, self.patience = group, patience
+        self.bound = NO_BOUND  # requests at once, after too many misses
+        self._calm = 0
+        self._waited = 0
+
+    def choose(self, candidates: Sequence[Candidate], more_coming: bool) -> list[int]:
+        """The rows that decode next, in order: the oldest that fit, at least one, and all that end.
+
+        Args:
+            candidates: oldest first
+            more_coming: whether another request may be prefilled soon, for which a group may wait
+        """
+        stay, join, total, fits = [], [], 0.0, True
+        for row, one in enumerate(candidates):
+            if one.ends:
+                stay.append(row)
+                continue
+            count = len(stay) + len(join)
+            room = self.capacity * (SLACK if one.decodes else 1.0)
+            # Behind one that has to wait nobody overtakes, so that a large request does not starve.
+            fits = fits and (not count or (total + one.need <= room and count < self.bound))
+            if fits:
+                total += one.need
+                (stay if one.decodes else join).append(row)
+        if stay and join and more_coming and len(join) < self.group and self._waited < self.patience:
+            self._waited += 1
+            return stay
+        self._waited = 0
+        return sorted(stay + join)
+
+    def observe(self, missed: float, decoding: int):
+        """Learn from a window of steps in which the same requests decoded.
+
+        Args:
+            missed: share of what they selected that was not resident
+            decoding: requests
+        """
+        if missed > self.most_missed and decoding > 1:
+            self.bound, self._calm = decoding - max(decoding // 8, 1), 0
+        elif self.bound < NO_BOUND and missed < self.most_missed / 2:
+            self._calm += 1
+            if self._calm >= CALM:
+                self.bound, self._calm = self.bound + 1, 0

@@ -1,0 +1,79 @@
+"""Who decodes: the rules by themselves, over random histories."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rheoserve_sgl.runtime.admission import CALM, NO_BOUND, SLACK, Admission, Candidate
+
+CANDIDATES = st.lists(
+    st.builds(Candidate, need=st.floats(0, 300), decodes=st.booleans(), ends=st.booleans()), min_size=1, max_size=12
+)
+
+
+def waiting(*needs: float) -> list[Candidate]:
+    return [Candidate(need, decodes=False) for need in needs]
+
+
+def decoding(*needs: float) -> list[Candidate]:
+    return [Candidate(need, decodes=True) for need in needs]
+
+
+@given(CANDIDATES, st.floats(1, 500), st.booleans())
+def test_the_oldest_that_fit_decode_and_nobody_overtakes(candidates, capacity, more_coming):
+    rows = Admission(capacity, 0.25).choose(candidates, more_coming)
+    assert rows == sorted(set(rows)) and rows
+    assert {row for row, one in enumerate(candidates) if one.ends} <= set(rows)
+    living = [row for row, one in enumerate(candidates) if not one.ends]
+    chosen = [row for row in rows if not candidates[row].ends]
+    assert chosen == living[: len(chosen)]  # no request overtakes an older one
+    if len(rows) > 1 and chosen:
+        assert sum(candidates[row].need for row in chosen) <= max(SLACK * capacity, candidates[chosen[0]].need)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "rows"),
+    [
+        (waiting(900), [0]),  # one always does
+        (waiting(40, 60, 1), [0, 1]),
+        (decoding(60, 45) + waiting(1), [0, 1]),  # what decodes may grow by a tenth
+        (decoding(60, 55), [0]),  # not by more: the newest pauses
+        (waiting(60) + decoding(30) + waiting(20), [0, 1]),
+    ],
+)
+def test_as_many_as_fit(candidates, rows):
+    assert Admission(100, 0.25).choose(candidates, more_coming=False) == rows
+
+
+def test_a_group_joins_together_but_waits_no_longer_than_its_patience():
+    admission = Admission(100, 0.25, group=3, patience=2)
+    two, three = decoding(10) + waiting(10, 10), decoding(10) + waiting(10, 10, 10)
+    assert admission.choose(two, more_coming=True) == [0]
+    assert admission.choose(three, more_coming=True) == [0, 1, 2, 3]
+    assert [admission.choose(two, more_coming=True) for _ in range(3)] == [[0], [0], [0, 1, 2]]
+    assert admission.choose(two, more_coming=False) == [0, 1, 2]  # nothing to wait for
+    assert admission.choose(waiting(10), more_coming=True) == [0]  # nothing to go on with
+
+
+def test_too_many_misses_pause_the_newest_until_they_are_few():
+    admission = Admission(1000, 0.25)
+    sixteen = decoding(*[10] * 16)
+    admission.observe(0.4, 16)
+    assert admission.choose(sixteen, more_coming=False) == list(range(14))
+    for _ in range(CALM):
+        admission.observe(0.2, 14)  # neither many nor few
+    assert admission.bound == 14
+    for _ in range(CALM):
+        admission.observe(0.05, 14)
+    assert admission.choose(sixteen, more_coming=False) == list(range(15))
+    admission.observe(0.9, 1)
+    assert admission.bound == 15 and Admission(1, 0.25).bound == NO_BOUND
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 64)), max_size=60))
+def test_at_least_one_request_decodes_whatever_was_seen(history):
+    admission = Admission(10, 0.1)
+    for missed, count in history:
+        admission.observe(missed, count)
+        assert admission.bound >= 1
+        assert admission.choose(decoding(5, 5, 5), more_coming=False)

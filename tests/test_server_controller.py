@@ -1,0 +1,130 @@
+"""The runtime controller in a real server: some requests decode, others wait in host memory, and all get dense answers."""
+
+import threading
+import time
+
+import pytest
+import requests
+from serving import random_prompts, rheo_server
+
+pytestmark = pytest.mark.server
+# The budget covers every prompt, so that answers are dense; the frames hold the working sets of two or three.
+FLAGS = ["--rheoserve-admission", "on", "--rheoserve-device-tokens", "2048", "--chunked-prefill-size", "512"]
+STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+LENGTHS = [900, 65, 1400, 128, 700, 30, 1000, 640]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints, tmp_path_factory):
+    with rheo_server(checkpoints.path(), FLAGS, tmp_path_factory.mktemp("controller"), STRICT) as server:
+        yield server
+
+
+class Watch:
+    """Reads transactions while something runs."""
+
+    def __init__(self, server):
+        self.server, self.seen, self._stop = server, [], threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        while not self._stop.wait(0.05):
+            self.seen.append(self.server.rheo()["transactions"])
+
+    def __enter__(self):
+        self._thread.start()
+        return self.seen
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+def test_more_are_prefilled_than_decode_and_answers_are_dense(server, dense):
+    server.flush()
+    prompts = random_prompts(60, LENGTHS)
+    with Watch(server) as seen:
+        answers = server.tokens(prompts, 60)
+    assert answers == dense.tokens(prompts, 60)
+    assert max(now["waiting"] for now in seen) >= 2
+    assert max(now["waiting"] + now["decoding"] for now in seen) > max(now["decoding"] for now in seen) >= 2
+    for now in seen:  # never more than fit, but for one alone and what grew
+        needs = [one["working_set_pages"] for one in now["prefilled"] if one["state"] == "decoding"]
+        assert len(needs) <= 1 or sum(needs) <= 1.1 * 32 + len(needs)
+    after = server.settle()
+    assert after["frames_used"] == after["host_pages_used"] == 0
+    assert after["transactions"]["waiting"] == after["transactions"]["decoding"] == 0
+
+
+def test_a_waiting_request_can_be_aborted(server, dense):
+    server.flush()
+    prompts = random_prompts(61, [1900, 1800, 300])
+    answers = {}
+
+    def ask(i):
+        sampling = {"temperature": 0, "max_new_tokens": 150 if i < 1 else 40, "ignore_eos": True}
+        reply = server.post("/generate", {"input_ids": prompts[i], "rid": f"wait-{i}", "sampling_params": sampling})
+        answers[i] = reply.json()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.3)
+    deadline = time.time() + 60
+    while not any(
+        one["rid"] == "wait-1" and one["state"] == "waiting" for one in server.rheo()["transactions"]["prefilled"]
+    ):
+        assert time.time() < deadline, "the second request never waited"
+        time.sleep(0.02)
+    server.post("/abort_request", {"rid": "wait-1"})
+    for thread in threads:
+        thread.join(120)
+    assert answers[1]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert [answers[0]["output_ids"]] == dense.tokens(prompts[:1], 150)
+    assert [answers[2]["output_ids"]] == dense.tokens(prompts[2:], 40)
+    server.settle()
+
+
+def test_a_long_prompt_does_not_stop_those_that_decode(server):
+    """Between its chunks the others go on: SGLang alone would prefill it to the end first."""
+    server.flush()
+    short, long = random_prompts(62, [40, 12000])
+    times = []
+
+    def listen():
+        body = {
+            "input_ids": short,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True},
+            "stream": True,
+        }
+        with requests.post(server.url + "/generate", json=body, stream=True, timeout=300) as reply:
+            times.extend(time.monotonic() for line in reply.iter_lines() if line.startswith(b"data: {"))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    while len(times) < 20:
+        time.sleep(0.01)
+    began = time.monotonic()
+    server.tokens([long], 1)
+    ended = time.monotonic()
+    listener.join()
+    during = sum(began < at < ended for at in times)
+    assert len(times) == 400
+    assert during >= 8 * (12000 // 512 - 2)
+
+
+def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tmp_path):
+    """Every few steps SGLang retracts; a request with a penalty makes the batch run whole."""
+    prompts = random_prompts(63, LENGTHS)
+    penalty = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, "frequency_penalty": 0.5}
+    plain = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    body = {"input_ids": prompts, "sampling_params": [penalty if i == 5 else plain for i in range(len(prompts))]}
+    expected = [answer["output_ids"] for answer in dense.post("/generate", body).json()]
+    env = STRICT | {"SGLANG_TEST_RETRACT": "1"}
+    with rheo_server(checkpoints.path(), FLAGS, tmp_path, env) as server:
+        reply = server.post("/generate", body)
+        assert reply.status_code == 200, f"{reply.text}\n{server.tail()}"
+        answers = reply.json()
+        assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+        assert [answer["output_ids"] for answer in answers] == expected
+        assert server.settle()["host_pages_used"] == 0
