@@ -19,6 +19,7 @@ from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
 from rheoserve_sgl.ops.workers import cpu_variant
 from rheoserve_sgl.refusals import attention_layers, refuse_layers
 from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.calibration import calibrate
 from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
 from rheoserve_sgl.runtime.telemetry import observe
@@ -45,8 +46,7 @@ class RheoAttnBackend(AttentionBackend):
         self.config = self.token_to_kv_pool.config
         slots, device = len(self.req_to_token_pool.req_to_token), torch.device(self.token_to_kv_pool.device)
         self.coordinator.attended = Attended(slots, device)
-        if self.config.admits(on_gpu=device.type == "cuda"):
-            self.coordinator.working_sets = WorkingSets(slots, device)
+        self.coordinator.working_sets = WorkingSets(slots, device)
         observe(self.coordinator)
         rule = decode_rule(self.config)
         self.selects = rule.needs_scores
@@ -63,7 +63,10 @@ class RheoAttnBackend(AttentionBackend):
         self.writes: Writes | None = None
         self.prefilled: torch.Tensor | None = None  # `[n]` pages of the requests in a prefill
         self.staging, self.behind = self._lanes()
-        self.gpu = self._on_gpu(model_runner) if device.type == "cuda" else None
+        first, *_ = attention_layers(model_runner.model).values()
+        group = first.tp_q_head_num // self.token_to_kv_pool.head_num
+        self.coordinator.latency = calibrate(self.token_to_kv_pool, model_runner.model, group)
+        self.gpu = self._on_gpu(model_runner, group) if device.type == "cuda" else None
         logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
 
     def init_forward_metadata(self, forward_batch):
@@ -226,7 +229,7 @@ class RheoAttnBackend(AttentionBackend):
 
         return Staging(pool), WriteBehind()
 
-    def _on_gpu(self, model_runner):
+    def _on_gpu(self, model_runner, group: int):
         """The kernels of a decode step, or None where a gate has none (the oracle)."""
         pool = self.token_to_kv_pool
         if self.selects and not pool.gate.kind:
@@ -244,7 +247,7 @@ class RheoAttnBackend(AttentionBackend):
             self.rules,
             batch=slots,
             max_pages=pages_of(context),
-            group=first.tp_q_head_num // pool.head_num,
+            group=group,
             scale=first.scaling,
             cpus=rank_processors(world.local_rank, world.world_size, self.threads),
         )

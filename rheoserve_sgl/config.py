@@ -44,6 +44,7 @@ class RheoConfig:
     join_group: int = 4
     join_patience: int = 16  # decode steps
     decode_interleave: int = 8  # decode steps
+    tpot_slo_ms: float | None = None
 
     def __post_init__(self):
         self._choice("mode", MODES)
@@ -62,6 +63,7 @@ class RheoConfig:
         self._at_least("join_group", 1)
         self._at_least("join_patience", 0)
         self._at_least("decode_interleave", 0)
+        self._above_zero("tpot_slo_ms")
         self._pages("sink_tokens", at_least=PAGE_TOKENS)
         self._pages("window_tokens", at_least=0)
         self._pages("device_tokens", at_least=PAGE_TOKENS)

@@ -70,13 +70,13 @@ HOOKS = (
         _OURS + "request_options.check_options",
         role="all",
     ),
-    Hook(_SCHEDULER + "get_next_batch_to_run", "around", _OURS + "controller.get_next_batch_to_run"),
-    Hook(_SCHEDULER + "update_running_batch", "around", _OURS + "controller.update_running_batch"),
-    Hook(_SCHEDULER + "get_new_batch_prefill", "around", _OURS + "controller.get_new_batch_prefill"),
+    Hook(_SCHEDULER + "get_next_batch_to_run", "around", _OURS + "scheduling.get_next_batch_to_run"),
+    Hook(_SCHEDULER + "update_running_batch", "around", _OURS + "scheduling.update_running_batch"),
+    Hook(_SCHEDULER + "get_new_batch_prefill", "around", _OURS + "scheduling.get_new_batch_prefill"),
     Hook(
         _REPORTS + "invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes",
         "around",
-        _OURS + "controller.count_requests_once",
+        _OURS + "scheduling.count_requests_once",
     ),
     Hook(
         _REPORTS + "pool_stats_observer.PoolStats.get_decode_usage_msg_parts",

@@ -150,6 +150,12 @@ class RheoServerArgs(ServerArgs):
         "decodes; 0: prefill first, as SGLang does.",
         NS("schedule"),
     ] = 8
+    rheoserve_tpot_slo_ms: Annotated[
+        float | None,
+        "RheoServe: milliseconds that a token may take, on average: fewer requests decode at once, and more steps come "
+        "between two batches of a prefill, as far as the predicted step time asks for it.",
+        NS("schedule"),
+    ] = None
 
     def __post_init__(self):
         if not selects_rheoserve(self):

@@ -1,4 +1,4 @@
-"""The runtime controller in a real server: some requests decode, others wait in host memory, and all get dense answers."""
+"""The runtime controller in a real server: some requests decode, others wait, and all get dense answers."""
 
 import threading
 import time

@@ -19,5 +19,10 @@ class QuickKeys:
         self.layers = [torch.zeros(shape, dtype=key_dtype, device=device) for _ in range(layers)]
 
     @property
+    def block_bytes(self) -> int:
+        """Of one block's key."""
+        return self.layers[0][0, 0].nbytes
+
+    @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)

@@ -27,6 +27,7 @@ from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.coordinator.working_set import STEPS, WorkingSets
 from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.latency_model import LatencyModel
 
 # The recorder's past fades by this at each step, so that it halves in about 3. Replayed traces of the bundled model hit
 # most with 0.8 to 0.9, and with few frames a slower past keeps what left the selection (docs/LOG.md).
@@ -35,7 +36,22 @@ MOST_WEIGHT = 1e6
 # A block swaps in with this importance, a step's selection being 1: it was selected in the last three steps. Others
 # wait for an exchange: there are many of nearly no importance, and they took the turns of those that matter.
 LEAST = 0.5
+LOAD = (
+    *("transactions_decoding", "transactions_waiting", "working_set_pages"),
+    *("predicted_step_seconds", "measured_step_seconds"),
+)
 ROUNDING = 0.999  # of an importance that has faded step by step
+
+
+class Kept:
+    """What was important to a request that waits: it must not fade while others decode.
+
+    pages: `[n]` int64, the request's
+    importance: `[layers, n, kv_heads]` float32, in shares of a step's; None until the next batch begins
+    """
+
+    def __init__(self, pages: torch.Tensor):
+        self.pages, self.importance = pages, None
 
 
 class Coordinator:
@@ -49,6 +65,7 @@ class Coordinator:
         self.config = pool.config
         self._ranking = Ranking.of(pool.config)
         self._freed: list[torch.Tensor] = []
+        self._turns: list[tuple[Kept, bool]] = []  # of requests that begin to wait (True), or decode from now on
         self._steps = 0
         self._due = False  # whether an exchange waits for the one before
         self._changed = True  # whether requests joined or left since the last exchange
@@ -62,8 +79,9 @@ class Coordinator:
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
         self.counts = dict.fromkeys(("decode_steps", "exchanges"), 0)
         self.attended = Attended(1, pool.device)  # the backend knows how many requests there can be
-        self.working_sets: WorkingSets | None = None  # the backend's, too, where admission goes by them
-        self.load = dict.fromkeys(("transactions_decoding", "transactions_waiting", "working_set_pages"), 0)
+        self.working_sets: WorkingSets | None = None  # the backend's, too
+        self.latency: LatencyModel | None = None  # likewise
+        self.load = dict.fromkeys(LOAD, 0)  # the runtime controller's figures
 
     def page_freed(self, pages: torch.Tensor):
         """Pages went back to the allocator. Safe to call while a batch is in flight."""
@@ -76,6 +94,18 @@ class Coordinator:
         self._freed.append(pages)
         self._changed = True
 
+    def begins_to_wait(self, pages: torch.Tensor) -> Kept:
+        """A prefilled request with these pages waits; give back what this returns when it decodes (again).
+
+        Safe to call while a batch is in flight, as is `ends_to_wait`.
+        """
+        kept = Kept(pages)
+        self._turns.append((kept, True))
+        return kept
+
+    def ends_to_wait(self, kept: Kept):
+        self._turns.append((kept, False))
+
     def batch_changed(self):
         """Other requests decode than before: frames are to be shared out anew."""
         self._changed = True
@@ -87,6 +117,7 @@ class Coordinator:
 
     def settle(self):
         """Apply the waiting reports: a page that left its request holds no frames."""
+        self._take_turns()
         if not self._freed:
             return
         if self._freed[0].is_cuda:
@@ -102,6 +133,7 @@ class Coordinator:
     def clear(self):
         """All pages were freed at once (flush_cache)."""
         self._freed.clear()
+        self._turns.clear()
         self._changed = True
         self.pool.clear()  # what is on its way will not be admitted
         if self.pool.canary is not None:
@@ -166,6 +198,20 @@ class Coordinator:
         if self.weight > MOST_WEIGHT:
             self.pool.importance /= self.weight
             self.weight = 1.0
+
+    def _take_turns(self):
+        importance = self.pool.importance
+        for kept, begins in self._turns:
+            pages = kept.pages
+            if pages.is_cuda:
+                pages.record_stream(torch.cuda.current_stream())
+            if begins:
+                kept.importance = importance[:, pages] / self.weight
+            elif kept.importance is not None:
+                # Pages that it shares with requests that went on may matter more by now.
+                was = kept.importance * self.weight
+                importance.index_copy_(1, pages, torch.maximum(importance[:, pages], was))
+        self._turns.clear()
 
     def _exchange(self, batch: Batch):
         pool = self.pool

@@ -38,4 +38,4 @@ class Figures:
             "frames_used": used,
             "host_pages": pool.host.pages - 1,
         }
-        return seconds | blocks | own
+        return seconds | blocks | own | coordinator.load

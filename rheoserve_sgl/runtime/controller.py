@@ -5,15 +5,21 @@ requests can be prefilled than should decode at once, and long prompts would hol
 run between the batches of a prefill, and of the prefilled requests those decode whose working sets fit the frames.
 """
 
+import math
+
 import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.runtime.admission import Admission, Candidate
+from rheoserve_sgl.runtime.latency_model import StepLoad
 from rheoserve_sgl.runtime.slots import Slots, divisible
+from rheoserve_sgl.runtime.step_clock import StepClock
 from rheoserve_sgl.runtime.transaction import Transaction
 
 LEARNING_STEPS = 16  # of a request: until then its working set is guessed
 GUESS = 1.25  # of what it may select
+TIMED_STEPS = 8  # a window has at least so many, or it teaches nothing about time
+MOST_BETWEEN = 64  # decode steps between two batches of a prefill, whatever the objective asks for
 
 
 class Controller:
@@ -25,24 +31,24 @@ class Controller:
     """
 
     def __init__(self, scheduler, pool: TwoTierKVPool):
-        self._scheduler, self._pool = scheduler, pool
-        self.slots = Slots()
+        config = pool.config
+        self._scheduler, self._pool, self._config = scheduler, pool, config
+        self._coordinator = pool.coordinator
+        self.slots, self.clock = Slots(), StepClock(scheduler.enable_overlap)
         self.admission = None
-        if pool.config.admits(on_gpu=pool.importance.is_cuda) and not scheduler.is_mixed_chunk:
-            self.admission = Admission(
-                pool.frame_count // pool.head_num,
-                pool.config.most_missed,
-                pool.config.join_group,
-                pool.config.join_patience,
-            )
+        if config.admits(on_gpu=pool.importance.is_cuda) and not scheduler.is_mixed_chunk:
+            capacity = pool.frame_count // pool.head_num
+            self.admission = Admission(capacity, config.most_missed, config.join_group, config.join_patience)
         # Mixed batches decode while they prefill.
-        self._between = 0 if scheduler.is_mixed_chunk else pool.config.decode_interleave
+        self._between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
         self._owed = 0  # decode steps before the next batch of a prefill
-        self._seen = -1  # measurements of the working sets
-        self._counts = (0.0, 0.0)
+        self._measured = 0  # of the working sets' measurements, those taken in
+        self._needs: list[float] = []
+        self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
+        self._missed = 0.0  # share of the selection, since then
         self._decoding: list = []
         self._steady = False  # whether the same requests decode as at the last measurement
-        self._needs: list[float] = []
+        self._predicted = 0.0
 
     @classmethod
     def of(cls, scheduler) -> "Controller | None":
@@ -63,20 +69,21 @@ class Controller:
     def prepare(self, batch):
         """Make a decode step of some or all requests of the running batch ready, instead of `prepare_for_decode`."""
         self._owed = max(self._owed - 1, 0)
+        self._learn()
         known = [Transaction.of(request) for request in batch.reqs]
+        for request, one in zip(batch.reqs, known, strict=True):
+            one.limit = self._pool.limits.of(request.req_pool_idx)
+            one.need = self._need(request, one.limit)
         rows = list(range(len(known)))
         if self.admission is not None and divisible(batch):
-            self._learn()
-            rows = self._choose(batch.reqs, known)
+            rows = self._within_objective(batch.reqs, self._choose(batch.reqs, known))
         if len(rows) == len(known):
             self.slots.prepare_whole(batch)
         else:
             self.slots.prepare(batch, rows)
-        self._mark(batch.reqs, known, set(rows))
+        self._mark(batch.reqs, known, rows)
 
     def _choose(self, requests, known) -> list[int]:
-        for request, one in zip(requests, known, strict=True):
-            one.need = self._need(request)
         candidates = [
             Candidate(one.need, one.state == "decoding", request.to_finish is not None)
             for request, one in zip(requests, known, strict=True)
@@ -84,30 +91,82 @@ class Controller:
         scheduler = self._scheduler
         return self.admission.choose(candidates, bool(scheduler.waiting_queue) or scheduler.chunked_req is not None)
 
-    def _need(self, request) -> float:
-        """Pages of frames for each KV head, as measured, or guessed for one that has hardly decoded."""
-        tokens = len(request.origin_input_ids) + len(request.output_ids)
-        pages = -(-tokens // self._pool.page_size)
-        slot = request.req_pool_idx
+    def _within_objective(self, requests, rows: list[int]) -> list[int]:
+        """Without the newest of those chosen, until a step is predicted to take no longer than it may."""
+        objective = self._config.tpot_slo_ms
+        if objective is None:
+            return rows
+        while len(rows) > 1 and 1000 * self._predict([requests[row] for row in rows]) > objective:
+            rows = rows[:-1]
+        return rows
+
+    def _need(self, request, limit: int) -> float:
+        """Pages of frames for each KV head, as measured, or guessed for one that has hardly decoded.
+
+        Args:
+            limit: pages that it may select
+        """
+        pages, slot = self._pages(request), request.req_pool_idx
         if request.decode_batch_idx >= LEARNING_STEPS and self._needs and self._needs[slot]:
             return min(self._needs[slot], pages)
-        return min(GUESS * self._pool.limits.of(slot), pages)
+        return min(GUESS * limit, pages)
+
+    def _pages(self, request) -> int:
+        tokens = len(request.origin_input_ids) + len(request.output_ids)
+        return -(-tokens // self._pool.page_size)
+
+    def _predict(self, requests) -> float:
+        """Seconds of a step of these requests, while as much is missed as lately."""
+        pool = self._pool
+        pages = [self._pages(request) for request in requests]
+        limits = [Transaction.of(request).limit for request in requests]  # some may have ended, and have no slot
+        selected = sum(map(min, limits, pages))
+        blocks = pool.layer_num * pool.head_num
+        attended = selected if self._config.attends_selected_only else sum(pages)
+        resident = min(attended, pool.frame_count // pool.head_num)
+        load = StepLoad(
+            requests=len(requests),
+            resident=resident * blocks * pool.block_bytes,
+            scored=sum(pages) * blocks * pool.quick.block_bytes if self._config.selects else 0,
+            visited=self._missed * selected * blocks * pool.block_bytes,
+        )
+        self._load = load
+        return self._coordinator.latency.predict(load)
 
     def _learn(self):
         """Take in what was measured last, if it is new."""
-        sets = self._pool.coordinator.working_sets
-        if sets is None or sets.measured == self._seen:
+        sets = self._coordinator.working_sets
+        if sets.measured == self._measured:
             return
         ranks = self._scheduler.ps.tp_size
         found = sets.read(wait=ranks > 1)
         if found is None:
             return
-        self._seen = sets.measured
-        *self._needs, visited, selected = found if ranks == 1 else self._agree(found)
+        self._measured = sets.measured
+        clock = self.clock
+        found = [*found, clock.step_seconds if clock.steps >= TIMED_STEPS else 0.0, clock.chunk_seconds]
+        *self._needs, visited, selected, step, chunk = found if ranks == 1 else self._agree(found)
         before, self._counts = self._counts, (visited, selected)
         if self._steady and selected > before[1]:
-            self.admission.observe((visited - before[0]) / (selected - before[1]), len(self._decoding))
+            self._missed = (visited - before[0]) / (selected - before[1])
+            if self.admission is not None:
+                self.admission.observe(self._missed, len(self._decoding))
+            if step:
+                self._learn_time(step, chunk)
         self._steady = True
+        clock.restart()
+
+    def _learn_time(self, step: float, chunk: float):
+        latency, objective = self._coordinator.latency, self._config.tpot_slo_ms
+        if self._predicted:
+            self._coordinator.load |= {"predicted_step_seconds": self._predicted, "measured_step_seconds": step}
+        self._predict(self._decoding)
+        latency.observe(self._load, step)
+        self._predicted = latency.predict(self._load)
+        if objective is not None and self._between and chunk:
+            # A token takes its step and its part of the chunk before it.
+            spare = max(objective / 1000 - step, 1e-9)
+            self._between = min(max(math.ceil(chunk / spare), self._config.decode_interleave), MOST_BETWEEN)
 
     def _agree(self, values: list[float]) -> list[float]:
         """The largest of all ranks: each has other KV heads. They come here at the same step."""
@@ -115,69 +174,29 @@ class Controller:
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self._scheduler.tp_cpu_group)
         return shared.tolist()
 
-    def _mark(self, requests, known, rows: set[int]):
+    def _turn(self, request, one: Transaction):
+        """Tell the coordinator of a request that begins to wait, or ceases to."""
+        if one.state == "waiting" and one.kept is None:
+            table, size = self._scheduler.req_to_token_pool.req_to_token, self._pool.page_size
+            pages = table[request.req_pool_idx, : request.kv.kv_allocated_len : size].long() // size
+            one.kept = self._coordinator.begins_to_wait(pages)
+        elif one.state == "decoding" and one.kept is not None:
+            self._coordinator.ends_to_wait(one.kept)
+            one.kept = None
+
+    def _mark(self, requests, known, rows: list[int]):
         """Enter the new states, and let the coordinator share frames out anew if others decode than before."""
+        chosen = set(rows)
         for row, one in enumerate(known):
-            one.enter("decoding" if row in rows else "waiting")
-        now = [request for row, request in enumerate(requests) if row in rows]
+            one.enter("decoding" if row in chosen else "waiting")
+            self._turn(requests[row], one)
+        now = [requests[row] for row in rows]
         if now != self._decoding:
-            self._decoding, self._steady = now, False
-            self._pool.coordinator.batch_changed()
-        self._pool.coordinator.load = {
+            self._decoding, self._steady, self._predicted = now, False, 0.0
+            self.clock.restart()
+            self._coordinator.batch_changed()
+        self._coordinator.load |= {
             "transactions_decoding": len(now),
             "transactions_waiting": len(known) - len(now),
-            "working_set_pages": round(sum(one.need for row, one in enumerate(known) if row in rows), 1),
+            "working_set_pages": round(sum(known[row].need for row in rows), 1),
         }
-
-
-def update_running_batch(original, scheduler, batch):
-    """AROUND `Scheduler.update_running_batch`: the controller makes the step ready."""
-    controller = Controller.of(scheduler)
-    if controller is None:
-        return original(scheduler, batch)
-    # Hides the method for this call only: a mixed batch prepares its decodes itself.
-    batch.prepare_for_decode = lambda: controller.prepare(batch)
-    try:
-        return original(scheduler, batch)
-    finally:
-        del batch.prepare_for_decode
-
-
-def get_next_batch_to_run(original, scheduler, *args, **kwargs):
-    """AROUND `Scheduler.get_next_batch_to_run`: the part of the running batch that was made ready is what runs."""
-    plan = original(scheduler, *args, **kwargs)
-    controller = Controller.of(scheduler)
-    if controller is not None:
-        part = controller.slots.take()
-        if part is not None and plan.batch_to_run is plan.running_batch:
-            plan.batch_to_run = part
-    return plan
-
-
-def get_new_batch_prefill(original, scheduler, running_batch):
-    """AROUND `Scheduler.get_new_batch_prefill`: none while the running batch has steps to decode first."""
-    controller = Controller.of(scheduler)
-    if controller is None:
-        return original(scheduler, running_batch)
-    if controller.owes_decode(running_batch):
-        from sglang.srt.managers.schedule_batch import NextBatchPlan
-
-        return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-    plan = original(scheduler, running_batch)
-    if plan.batch_to_run is not None:
-        controller.prefilled()
-    return plan
-
-
-def count_requests_once(original, checker):
-    """AROUND `SchedulerInvariantChecker._get_total_uncached_sizes`: a part's requests are the running batch's, too."""
-    last, running = checker.get_last_batch(), checker.get_running_batch()
-    inside = None not in (last, running) and last is not running and set(last.reqs) <= set(running.reqs)
-    if not inside:
-        return original(checker)
-    get_last_batch = checker.get_last_batch
-    checker.get_last_batch = checker.get_running_batch
-    try:
-        return original(checker)
-    finally:
-        checker.get_last_batch = get_last_batch

@@ -15,6 +15,7 @@ def request_left(req, tree_cache, is_insert=True):
     if not isinstance(pool, TwoTierKVPool) or req.req_pool_idx is None:
         return
     request_report.leave(req, pool.coordinator.attended)
+    transaction.leave(req)
     row = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx]
     allocated = row[: req.kv.kv_allocated_len : pool.page_size]
     pool.coordinator.request_left(allocated // pool.page_size)

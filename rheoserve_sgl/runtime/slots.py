@@ -28,7 +28,7 @@ class Slots:
         type(batch).prepare_for_decode(batch)
 
     def prepare(self, batch, rows: list[int]):
-        """These rows of the running batch, in ascending order, decode: what `prepare_for_decode` does, for them alone."""
+        """These rows of the running batch, in ascending order, decode: `prepare_for_decode`, for them alone."""
         chosen = [batch.reqs[row] for row in rows]
         part = self.part
         if part is not None:
@@ -69,7 +69,7 @@ def divisible(batch) -> bool:
 def cut(batch, rows: list[int]):
     """A batch of some rows of another, which stays as it is."""
     part = copy(batch)
-    vars(part).pop("prepare_for_decode", None)  # what hides the method of the whole batch (runtime/controller.py)
+    vars(part).pop("prepare_for_decode", None)  # what hides the method of the whole batch (runtime/scheduling.py)
     part.sampling_info = copy(batch.sampling_info)
     part.filter_batch(keep_indices=rows)
     return part

@@ -21,6 +21,11 @@ GAUGES = {
     "frames": "Frames on the device, each for one block.",
     "frames_used": "Frames that hold a block.",
     "host_pages": "Pages of 64 tokens that the host store has room for.",
+    "transactions_decoding": "Prefilled requests that decode.",
+    "transactions_waiting": "Prefilled requests that wait in host memory for their turn to decode.",
+    "working_set_pages": "Pages of frames that each KV head needs for what the decoding requests select.",
+    "predicted_step_seconds": "Seconds of a decode step, as predicted before its window.",
+    "measured_step_seconds": "Seconds of a decode step in that window.",
     "host_pages_used": "Pages of running requests; what only the radix tree holds can be evicted and is not counted.",
 }
 

@@ -12,14 +12,17 @@ class Transaction:
     """One prefilled request.
 
     state: "waiting" with its KV in host memory, or "decoding"
+    limit: pages that each KV head may select
     need: pages of frames that each KV head of a layer needs for it, as estimated last
+    kept: the coordinator's Kept, while it waits
     waited: seconds it has waited, the present wait not included
     pauses: times it had to wait after it had decoded
     """
 
     def __init__(self):
         self.state = "waiting"
-        self.need = 0.0
+        self.limit, self.need = 0, 0.0
+        self.kept = None
         self.waited = 0.0
         self.pauses = 0
         self.since = time.monotonic()
@@ -45,6 +48,13 @@ class Transaction:
     def waiting_seconds(self) -> float:
         """All its waits, the present one included."""
         return self.waited + (time.monotonic() - self.since if self.state == "waiting" else 0.0)
+
+
+def leave(request):
+    """A request loses its pages, for good or to come back with others."""
+    if hasattr(request, "rheoserve"):
+        one = request.rheoserve
+        one.state, one.since, one.kept = "waiting", time.monotonic(), None
 
 
 def describe(scheduler, most: int = 100) -> dict:

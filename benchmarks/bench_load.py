@@ -1,0 +1,174 @@
+"""A server under load: requests arrive at random (Poisson) with long prompts, and each answer streams back.
+
+RheoServe against SGLang's own backend with the same device memory for KV, Qwen3-8B's shapes, random weights and random
+prompts; RheoServe's selection is synthetic, of a given churn (synthetic_server.py). For each rate: time to first token,
+time per further token, and tokens a second of all requests. Arrivals, lengths of prompts and of answers come from the
+seed alone, so that both systems get the same. `sglang.bench_serving` measures the same figures by the text that comes
+back, which token numbers of a model without a tokenizer do not have; so the requests are sent from here. The last line
+is JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import aiohttp
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from bench_decode import QWEN3_8B, SYNTHETIC, TOKEN_BYTES
+from machine import describe_machine
+from serving import Server
+
+SECONDS = 3600
+
+
+def draw_load(rate: float, seconds: float, prompt, answer, vocabulary: int, seed: int):
+    """(second of arrival, prompt, tokens of the answer) of each request.
+
+    Args:
+        rate: requests a second
+        seconds: in which they arrive
+        prompt, answer: tokens, from and to
+        vocabulary: token numbers are below
+    """
+    draw, at, load = random.Random(seed), 0.0, []
+    while True:
+        at += draw.expovariate(rate)
+        if at > seconds:
+            return load
+        tokens = [draw.randrange(vocabulary) for _ in range(draw.randint(*prompt))]
+        load.append((at, tokens, draw.randint(*answer)))
+
+
+async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> dict:
+    """One request's seconds: to its first token, and for each further one."""
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+        "stream": True,
+    }
+    began, first, last, count = time.perf_counter(), None, None, 0
+    async with session.post(url + "/generate", json=body) as reply:
+        if reply.status != 200:
+            raise RuntimeError(f"{url} answers {reply.status}: {await reply.text()}")
+        async for line in reply.content:
+            if not line.startswith(b"data: {"):
+                continue
+            last = time.perf_counter()
+            first = first or last
+            count = json.loads(line[6:])["meta_info"]["completion_tokens"]
+    if count != tokens:
+        raise RuntimeError(f"asked for {tokens} tokens, got {count}")
+    return {"first": first - began, "each": (last - first) / max(tokens - 1, 1), "began": began, "ended": last}
+
+
+async def send(url: str, load, limit: float) -> tuple[list[dict], int]:
+    """Figures of the requests that ended, and how many did not within `limit` seconds."""
+    timeout = aiohttp.ClientTimeout(total=SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 20) as session:
+
+        async def later(at: float, prompt: list[int], tokens: int) -> dict:
+            await asyncio.sleep(at)
+            return await ask(session, url, prompt, tokens)
+
+        tasks = [asyncio.create_task(later(*one)) for one in load]
+        done, late = await asyncio.wait(tasks, timeout=limit)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        return [task.result() for task in done], len(late)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def measure(server: Server, system: str, rate: float, args) -> dict:
+    load = draw_load(rate, args.seconds, args.prompt, args.answer, QWEN3_8B["vocab_size"], args.seed)
+    began = time.perf_counter()
+    before = rheo_counts(server)
+    ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
+    first, each = [one["first"] for one in ended], [one["each"] for one in ended]
+    tokens = sum(tokens for _, _, tokens in load) if not late else None
+    span = max((one["ended"] for one in ended), default=time.perf_counter()) - began
+    after = rheo_counts(server)
+    return {
+        "system": system,
+        "rate": rate,
+        "requests": len(load),
+        "not_ended": late,
+        "ttft_mean": round(statistics.mean(first), 3) if first else None,
+        "ttft_median": round(statistics.median(first), 3) if first else None,
+        "ttft_p99": round(percentile(first, 0.99), 3) if first else None,
+        "tpot_ms": round(1000 * statistics.mean(each), 2) if each else None,
+        "tpot_p99_ms": round(1000 * percentile(each, 0.99), 2) if each else None,
+        "tokens_per_second": round(tokens / span, 1) if tokens else None,
+        "span_seconds": round(span, 1),
+        **{name: round(after[name] - before[name], 4) for name in after},
+    }
+
+
+def rheo_counts(server: Server) -> dict:
+    """Blocks by where they were attended, of a RheoServe server."""
+    state = server.info()["internal_states"][0].get("rheoserve", {})
+    return {name: state[name] for name in ("device_blocks", "host_blocks", "selected_blocks") if name in state}
+
+
+def flags_of(system: str, args) -> tuple[list[str], list[str] | None]:
+    """Flags and program of a system."""
+    tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
+    flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--sampling-backend", "pytorch"]
+    flags += ["--context-length", str(args.prompt[1] + args.answer[1] + 64), "--mem-fraction-static", "0.85"]
+    flags += ["--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
+    if system == "sglang":
+        return [*flags, "--page-size", "64", "--max-total-tokens", str(tokens), "--attention-backend", args.peer], None
+    flags += ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
+    flags += ["--rheoserve-host-size", str(args.host_gb), "--max-running-requests", str(args.most)]
+    return [*flags, *args.rheo.split()], [sys.executable, str(SYNTHETIC), str(args.churn)]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=["sglang", "rheoserve"], choices=["sglang", "rheoserve"])
+    parser.add_argument("--peer", default="fa3", help="attention backend of SGLang's own")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="requests a second")
+    parser.add_argument("--seconds", type=float, default=300, help="in which requests arrive")
+    parser.add_argument("--limit", type=float, help="seconds after which what has not ended is given up")
+    parser.add_argument("--prompt", type=int, nargs=2, default=[16384, 65536], help="tokens, from and to")
+    parser.add_argument("--answer", type=int, nargs=2, default=[512, 1536], help="tokens, from and to")
+    parser.add_argument("--device-gb", type=float, default=24, help="GB of device memory for KV")
+    parser.add_argument("--host-gb", type=float, default=100, help="GB of RheoServe's host store")
+    parser.add_argument("--most", type=int, default=32, help="requests at once")
+    parser.add_argument("--churn", type=float, default=0.05, help="of the selection, a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
+    return parser.parse_args()
+
+
+def main():
+    args, rows = parse(), []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = args.logs or Path(folder)
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
+        for system in args.systems:
+            flags, program = flags_of(system, args)
+            with Server(folder / "model", flags, folder / f"{system}.log", program=program) as server:
+                server.tokens([[1] * 2048], 8)  # warms up
+                for rate in args.rates:
+                    server.flush()
+                    rows.append(measure(server, system, rate, args))
+                    print(rows[-1], flush=True)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({"benchmark": "load", "options": options, "rows": rows, **describe_machine()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a decode step takes, predicted from what it reads: starts from measured rates, learns from measured steps.
+
+A step reads the weights, the resident blocks and the gate's keys at the device's rate, while the CPU reads what it
+visits at its own; of the latter only what takes longer than the resident blocks is waited for. Each of those times has
+a factor, 1 or so at first. A Kalman filter over windows of steps learns them, and keeps near its prior what no
+measurement tells apart.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FIXED_SECONDS = 0.002  # of a step, beside reading the weights
+TERMS = ("fixed", "requests", "resident", "scored", "exposed")
+PRIOR = np.array([1.0, 1.0, 1.0, 3.0, 1.0])
+SPREAD = np.array([1.0, 3.0, 0.3, 3.0, 0.7])  # standard deviations of the prior
+REQUEST_SECONDS = 0.0001
+NOISE, DRIFT = 0.02, 0.01  # of a measurement; of each factor, from window to window
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second: what the device reads, what the CPU's attention reads. beside: whether both read at once."""
+
+    device: float
+    host: float
+    beside: bool
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """What a step reads, in bytes over all layers and KV heads, and for how many requests."""
+
+    requests: int
+    resident: float
+    scored: float
+    visited: float
+
+
+class LatencyModel:
+    """Predicts and learns.
+
+    Args:
+        rates: measured at start-up
+        weight_bytes: of the model, read at every step
+    """
+
+    def __init__(self, rates: Rates, weight_bytes: int):
+        self.rates = rates
+        self._fixed = FIXED_SECONDS + weight_bytes / rates.device
+        self.factors = PRIOR.copy()
+        self._covariance = np.diag(SPREAD**2)
+        self.windows = 0
+
+    def terms(self, load: StepLoad) -> np.ndarray:
+        """Seconds of each term before its factor, in the order of TERMS."""
+        resident, host = load.resident / self.rates.device, load.visited / self.rates.host
+        exposed = max(host - resident, 0.0) if self.rates.beside else host
+        scored = load.scored / self.rates.device
+        return np.array([self._fixed, load.requests * REQUEST_SECONDS, resident, scored, exposed])
+
+    def predict(self, load: StepLoad) -> float:
+        """Seconds of one step."""
+        return float(self.terms(load) @ self.factors)
+
+    def observe(self, load: StepLoad, seconds: float):
+        """Learn from steps that took so long on average."""
+        terms = self.terms(load)
+        self._covariance += np.diag((DRIFT * self.factors) ** 2)
+        towards = self._covariance @ terms
+        gain = towards / (terms @ towards + (NOISE * seconds) ** 2)
+        self.factors = np.maximum(self.factors + gain * (seconds - terms @ self.factors), 0.0)
+        self._covariance -= np.outer(gain, towards)
+        self.windows += 1

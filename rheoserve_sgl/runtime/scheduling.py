@@ -1,0 +1,60 @@
+"""Hooks on SGLang's scheduler, through which the controller decides what runs next."""
+
+from rheoserve_sgl.runtime.controller import Controller
+from rheoserve_sgl.runtime.step_clock import DECODE, NOTHING, PREFILL
+
+
+def update_running_batch(original, scheduler, batch):
+    """AROUND `Scheduler.update_running_batch`: the controller makes the step ready."""
+    controller = Controller.of(scheduler)
+    if controller is None:
+        return original(scheduler, batch)
+    # Hides the method for this call only: a mixed batch prepares its decodes itself.
+    batch.prepare_for_decode = lambda: controller.prepare(batch)
+    try:
+        return original(scheduler, batch)
+    finally:
+        del batch.prepare_for_decode
+
+
+def get_next_batch_to_run(original, scheduler, *args, **kwargs):
+    """AROUND `Scheduler.get_next_batch_to_run`: the part of the running batch that was made ready is what runs."""
+    controller = Controller.of(scheduler)
+    if controller is None:
+        return original(scheduler, *args, **kwargs)
+    controller.clock.tick()
+    plan = original(scheduler, *args, **kwargs)
+    part, runs = controller.slots.take(), plan.batch_to_run
+    if part is not None and runs is plan.running_batch:
+        plan.batch_to_run = part
+    controller.clock.launched(NOTHING if runs is None else PREFILL if runs.forward_mode.is_extend() else DECODE)
+    return plan
+
+
+def get_new_batch_prefill(original, scheduler, running_batch):
+    """AROUND `Scheduler.get_new_batch_prefill`: none while the running batch has steps to decode first."""
+    controller = Controller.of(scheduler)
+    if controller is None:
+        return original(scheduler, running_batch)
+    if controller.owes_decode(running_batch):
+        from sglang.srt.managers.schedule_batch import NextBatchPlan
+
+        return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+    plan = original(scheduler, running_batch)
+    if plan.batch_to_run is not None:
+        controller.prefilled()
+    return plan
+
+
+def count_requests_once(original, checker):
+    """AROUND `SchedulerInvariantChecker._get_total_uncached_sizes`: a part's requests are the running batch's, too."""
+    last, running = checker.get_last_batch(), checker.get_running_batch()
+    inside = None not in (last, running) and last is not running and set(last.reqs) <= set(running.reqs)
+    if not inside:
+        return original(checker)
+    get_last_batch = checker.get_last_batch
+    checker.get_last_batch = checker.get_running_batch
+    try:
+        return original(checker)
+    finally:
+        checker.get_last_batch = get_last_batch

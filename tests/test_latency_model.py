@@ -1,0 +1,82 @@
+"""The latency model: its prior, what it learns from a machine that behaves otherwise, and the clock it learns by."""
+
+import numpy as np
+import pytest
+
+from rheoserve_sgl.runtime.latency_model import LatencyModel, Rates, StepLoad
+from rheoserve_sgl.runtime.step_clock import DECODE, NOTHING, PREFILL, StepClock
+
+GB = 1e9
+GPU = Rates(device=3000 * GB, host=100 * GB, beside=True)
+
+
+def loads(count: int, seed: int) -> list[StepLoad]:
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        requests = int(draw.choice([1, 4, 8, 16]))
+        whole = requests * float(draw.choice([0.3, 2.4, 9.7])) * GB
+        found.append(StepLoad(requests, min(whole, 24 * GB), whole / 64, draw.uniform(0, 0.2) * requests * 0.6 * GB))
+    return found
+
+
+def test_before_anything_was_measured_it_says_what_the_rates_say():
+    model = LatencyModel(GPU, weight_bytes=16 * GB)
+    nothing, resident = StepLoad(1, 0, 0, 0), StepLoad(1, 9 * GB, 0, 0)
+    assert model.predict(nothing) == pytest.approx(0.002 + 16 / 3000, rel=0.05)
+    assert model.predict(resident) - model.predict(nothing) == pytest.approx(0.003)
+    # The CPU's 0.2 GB take 2 ms, which 3 ms of resident blocks hide; 0.8 GB take 5 ms longer than those.
+    assert model.predict(StepLoad(1, 9 * GB, 0, 0.2 * GB)) == model.predict(resident)
+    assert model.predict(StepLoad(1, 9 * GB, 0, 0.8 * GB)) - model.predict(resident) == pytest.approx(0.005)
+    alone = LatencyModel(Rates(100 * GB, 100 * GB, beside=False), 0)
+    assert alone.predict(StepLoad(1, 9 * GB, 0, 1 * GB)) - alone.predict(resident) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("factors", [(1.2, 3.0, 0.9, 4.0, 1.3), (0.7, 0.2, 1.2, 1.0, 0.6)])
+def test_it_learns_another_machine_within_a_tenth(factors):
+    model, draw = LatencyModel(GPU, weight_bytes=16 * GB), np.random.default_rng(0)
+
+    def takes(load: StepLoad) -> float:
+        return float(model.terms(load) @ np.array(factors))
+
+    for load in loads(60, seed=1):
+        model.observe(load, takes(load) * draw.normal(1.0, 0.02))
+    errors = [abs(model.predict(load) / takes(load) - 1) for load in loads(200, seed=2)]
+    assert np.median(errors) < 0.03 and max(errors) < 0.1
+    assert model.windows == 60 and (model.factors >= 0).all()
+
+
+def test_one_load_over_and_over_is_soon_predicted_and_follows_a_change():
+    model, load = LatencyModel(GPU, 16 * GB), StepLoad(12, 24 * GB, 0.4 * GB, 0.4 * GB)
+    for _ in range(5):
+        model.observe(load, 0.020)
+    assert model.predict(load) == pytest.approx(0.020, rel=0.02)
+    for _ in range(60):
+        model.observe(load, 0.030)
+    assert model.predict(load) == pytest.approx(0.030, rel=0.05)
+
+
+class Time:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_clock_gives_each_batch_its_own_time(overlap):
+    """A loop as SGLang's, with or without its overlap: decode steps take 1, a chunk 10, and idling is nobody's."""
+    time = Time()
+    clock, took, queue = StepClock(overlap, time), {DECODE: 1.0, PREFILL: 10.0, NOTHING: 3.0}, []
+    kinds = [NOTHING, PREFILL, *[DECODE] * 9, PREFILL, *[DECODE] * 7, NOTHING, NOTHING]
+    for kind in kinds:
+        clock.tick()
+        clock.launched(kind)
+        queue.append(kind)
+        if not overlap or len(queue) > 1:
+            time.now += took[queue.pop(0)]
+    assert clock.chunk_seconds == pytest.approx(10.0)
+    assert clock.step_seconds == pytest.approx(1.0) and clock.steps >= 10
+    clock.restart()
+    assert clock.steps == 0 and clock.step_seconds == 0.0 and clock.chunk_seconds == pytest.approx(10.0)

@@ -1,0 +1,52 @@
+"""Requests that arrive at random, faster than they can decode at once: all end, none starves, nothing is left."""
+
+import asyncio
+import statistics
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from serving import rheo_server
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from bench_load import draw_load, percentile, send
+
+pytestmark = pytest.mark.server
+FLAGS = ["--rheoserve-admission", "on", "--rheoserve-device-tokens", "4096", "--chunked-prefill-size", "1024"]
+FLAGS += ["--rheoserve-token-budget", "1024", "--rheoserve-window-tokens", "128"]
+STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+MOST_SECONDS = 240
+
+
+def test_a_random_load_is_served_to_the_end(checkpoints, tmp_path):
+    load = draw_load(rate=2.0, seconds=20, prompt=(200, 4000), answer=(10, 120), vocabulary=256, seed=3)
+    assert len(load) > 20
+    seen, stop = [], threading.Event()
+    with rheo_server(checkpoints.path(), FLAGS, tmp_path, STRICT) as server:
+
+        def watch():
+            while not stop.wait(0.2):
+                seen.append(server.rheo()["transactions"])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        ended, late = asyncio.run(send(server.url, load, MOST_SECONDS))
+        stop.set()
+        watcher.join()
+        assert late == 0 and len(ended) == len(load)
+        waits = [one["waited_seconds"] for now in seen for one in now["prefilled"]]
+        first = [one["first"] for one in ended]
+        print(
+            f"{len(load)} requests; first token after {statistics.mean(first):.2f} s on average, P99 "
+            f"{percentile(first, 0.99):.2f}; longest wait to decode {max(waits):.2f} s; at most "
+            f"{max(now['waiting'] for now in seen)} waiting, {max(now['decoding'] for now in seen)} decoding"
+        )
+        assert max(now["waiting"] for now in seen) >= 1
+        assert max(now["decoding"] for now in seen) >= 2
+        assert max(waits) < max(one["ended"] for one in ended) - min(one["began"] for one in ended)
+        state = server.rheo()
+        assert 0 < state["predicted_step_seconds"] < 10 and 0 < state["measured_step_seconds"] < 10
+        after = server.settle()
+        assert after["frames_used"] == after["host_pages_used"] == 0
+        assert server.process.poll() is None
