@@ -15,10 +15,12 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import aiohttp
+import requests
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench_decode import QWEN3_8B, SYNTHETIC, TOKEN_BYTES
@@ -93,7 +95,8 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
     load = draw_load(rate, args.seconds, args.prompt, args.answer, QWEN3_8B["vocab_size"], args.seed)
     began = time.perf_counter()
     before = rheo_counts(server)
-    ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
+    with Sampler(server.url) as samples:
+        ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
     first, each = [one["first"] for one in ended], [one["each"] for one in ended]
     tokens = sum(tokens for _, _, tokens in load) if not late else None
     span = max((one["ended"] for one in ended), default=time.perf_counter()) - began
@@ -111,7 +114,49 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
         "tokens_per_second": round(tokens / span, 1) if tokens else None,
         "span_seconds": round(span, 1),
         **{name: round(after[name] - before[name], 4) for name in after},
+        **({"step_error": step_error(samples)} if samples else {}),
+        "samples": samples,
     }
+
+
+def step_error(samples: list[dict]) -> float | None:
+    """Median of |predicted / measured - 1| of a decode step, over the windows that were sampled."""
+    pairs = {(one["predicted_step_seconds"], one["measured_step_seconds"]) for one in samples}
+    errors = [abs(predicted / measured - 1) for predicted, measured in pairs if predicted and measured]
+    return round(statistics.median(errors), 4) if errors else None
+
+
+class Sampler:
+    """Reads gauges of RheoServe from a server's metrics every two seconds while a load runs."""
+
+    NAMES = (
+        *("transactions_decoding", "transactions_waiting", "working_set_pages"),
+        *("predicted_step_seconds", "measured_step_seconds"),
+    )
+
+    def __init__(self, url: str):
+        self._url, self._samples, self._stop = url, [], threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        began = time.perf_counter()
+        while not self._stop.wait(2):
+            values = {}
+            for line in requests.get(self._url + "/metrics", timeout=60).text.splitlines():
+                name, _, value = line.rpartition(" ")
+                name = name.partition("{")[0].removeprefix("sglang:rheoserve_")
+                if name in self.NAMES:
+                    values[name] = round(float(value), 5)
+            if len(values) == len(self.NAMES):
+                self._samples.append({"at": round(time.perf_counter() - began, 1), **values})
+
+    def __enter__(self) -> list[dict]:
+        self._thread.start()
+        return self._samples
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
 
 
 def rheo_counts(server: Server) -> dict:
@@ -125,7 +170,7 @@ def flags_of(system: str, args) -> tuple[list[str], list[str] | None]:
     tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
     flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--sampling-backend", "pytorch"]
     flags += ["--context-length", str(args.prompt[1] + args.answer[1] + 64), "--mem-fraction-static", "0.85"]
-    flags += ["--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
+    flags += ["--enable-metrics", "--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
     if system == "sglang":
         return [*flags, "--page-size", "64", "--max-total-tokens", str(tokens), "--attention-backend", args.peer], None
     flags += ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
@@ -165,7 +210,7 @@ def main():
                 for rate in args.rates:
                     server.flush()
                     rows.append(measure(server, system, rate, args))
-                    print(rows[-1], flush=True)
+                    print({name: value for name, value in rows[-1].items() if name != "samples"}, flush=True)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     print(json.dumps({"benchmark": "load", "options": options, "rows": rows, **describe_machine()}))
 
