@@ -27,6 +27,7 @@ def doctor(args) -> int:
 
 def plan(args) -> int:
     from rheoserve_sgl.doctor.needs import GB, Load, advise, free_bytes, free_device_bytes, needs_of
+    from rheoserve_sgl.doctor.step import predict_step, rates_here
 
     for name in ("context", "concurrency", "tp_size"):
         if getattr(args, name) < 1:
@@ -35,7 +36,10 @@ def plan(args) -> int:
     device = free_device_bytes() if args.device_gb is None else int(args.device_gb * GB) or None
     command = ["--model-path", str(args.model)] + (["--tp-size", str(args.tp_size)] if args.tp_size > 1 else [])
     load = Load(args.context, args.concurrency)
-    lines, fits = advise(load, needs_of(args.model, args.tp_size), host, device, command)
+    needs = needs_of(args.model, args.tp_size)
+    lines, fits = advise(load, needs, host, device, command)
+    if fits and (device is None) == (free_device_bytes() is None):  # rates of another machine are not known here
+        lines.insert(-1, predict_step(load, needs, rates_here(*needs.heads), device))
     print("\n".join(lines))
     return 0 if fits else 1
 

@@ -35,11 +35,13 @@ class Needs:
     token_bytes: K and V of a token over all layers
     key_bytes: of the gate's keys and the tables on the device, for each token of the host store
     weights: of the model
+    heads: its head dim, KV heads, query heads to each, and the dtype of K and V
     """
 
     token_bytes: int
     key_bytes: float
     weights: int
+    heads: tuple[int, int, int, torch.dtype] = (128, 8, 4, torch.bfloat16)
 
     def host(self, load: Load) -> int:
         return load.tokens * self.token_bytes
@@ -75,6 +77,7 @@ def needs_of(model: Path, tp_size: int) -> Needs:
         token_bytes=2 * layers * heads * dim * itemsize,
         key_bytes=blocks * (make_gate("quest").key_dim(dim) * itemsize + TABLES),
         weights=sum(file.stat().st_size for file in files) // tp_size,
+        heads=(dim, heads, max(config.num_attention_heads // tp_size // heads, 1), config.dtype),
     )
 
 

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.ops.attention import attend_cpu
 from rheoserve_sgl.ops.plan import Visit
@@ -22,9 +23,13 @@ def calibrate(pool: TwoTierKVPool, model: torch.nn.Module, group: int) -> Latenc
         group: query heads to a KV head
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    host = host_rate(pool, group)
-    on_gpu = pool.importance.is_cuda
-    rates = Rates(device_rate(pool) if on_gpu else host, host, beside=on_gpu)
+    rates = measure_rates(
+        pool.host.blocks(0),
+        pool.head_num,
+        group,
+        pool.threads,
+        pool.frames.layers[0] if pool.importance.is_cuda else None,
+    )
     logger.info(
         "RheoServe: the device reads %.0f GB/s, the CPU's attention %.1f GB/s; weights %.2f GB",
         *(value / 1e9 for value in (rates.device, rates.host, weights)),
@@ -32,37 +37,43 @@ def calibrate(pool: TwoTierKVPool, model: torch.nn.Module, group: int) -> Latenc
     return LatencyModel(rates, weights)
 
 
-def device_rate(pool: TwoTierKVPool) -> float:
-    """Bytes a second that a copy of frames reads and writes."""
-    flat = pool.frames.layers[0].view(-1)
-    count = min(READ_BYTES // flat.element_size(), flat.numel())
-    whole = flat[:count]
+def measure_rates(host: torch.Tensor, kv_heads: int, group: int, threads: int, frames: torch.Tensor | None) -> Rates:
+    """Rates of both tiers.
+
+    Args:
+        host: `[blocks, 2, 64, head_dim]`, several times larger than the caches where there is room for it
+        frames: some memory of the GPU; None: there is none
+    """
+    rate = host_rate(host, kv_heads, group, threads)
+    return Rates(rate if frames is None else device_rate(frames), rate, beside=frames is not None)
+
+
+def device_rate(memory: torch.Tensor) -> float:
+    """Bytes a second that a copy within a GPU's memory reads and writes."""
+    flat = memory.view(-1)[: READ_BYTES // memory.element_size()]
     times = []
     for _ in range(REPEATS + 1):  # the first one warms up
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        whole.clone()
+        flat.clone()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return 2 * count * flat.element_size() / min(times[1:])
+    return 2 * flat.nbytes / min(times[1:])
 
 
-def host_rate(pool: TwoTierKVPool, group: int) -> float:
+def host_rate(blocks: torch.Tensor, kv_heads: int, group: int, threads: int) -> float:
     """Bytes a second that the CPU's attention reads of blocks that lie apart, as those of a plan do."""
-    blocks = pool.host.blocks(0)
-    count = max(min(READ_BYTES // pool.block_bytes, len(blocks) - 1) // pool.head_num, 1)
-    listed = torch.randperm(len(blocks) - 1)[: count * pool.head_num].to(torch.int32) + 1
-    if len(listed) < count * pool.head_num:
-        listed = torch.zeros(count * pool.head_num, dtype=torch.int32)
-    shape = (1, pool.head_num)
-    visit = Visit(
-        listed.view(*shape, count), torch.full(shape, count, dtype=torch.int32), torch.full(shape, 64).to(torch.int32)
-    )
-    q = torch.zeros((*shape, group, pool.head_dim))
+    block_bytes = blocks[0].nbytes
+    count = max(min(READ_BYTES // block_bytes, len(blocks)) // kv_heads, 1)
+    listed = torch.randperm(len(blocks), dtype=torch.int32).repeat(kv_heads)[: count * kv_heads]
+    shape = (1, kv_heads)
+    of_each = [torch.full(shape, number, dtype=torch.int32) for number in (count, PAGE_TOKENS)]
+    visit = Visit(listed.view(*shape, count), *of_each)
+    q = torch.zeros((*shape, group, blocks.shape[-1]))
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        attend_cpu(q, ((blocks, visit),), 1.0, pool.threads)
+        attend_cpu(q, ((blocks, visit),), 1.0, threads)
         times.append(time.perf_counter() - began)
-    return count * pool.head_num * pool.block_bytes / min(times)
+    return count * kv_heads * block_bytes / min(times)

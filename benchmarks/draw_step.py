@@ -1,0 +1,68 @@
+"""Draw where the GPU's time of a decode step goes, as bench_decode.py --profile split it: one stacked bar a row.
+
+Usage: python benchmarks/draw_step.py RESULT.json [RESULT.json ...] docs/step.svg
+A RESULT.json is the benchmark's last line.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from svg import Svg
+
+WIDTH, LEFT, RIGHT, TOP, BAR, GAP, BOTTOM = 760, 150, 70, 64, 26, 16, 36
+PARTS = {
+    "weights": "#7f8c8d",
+    "resident": "#2471a3",
+    "score and plan": "#e67e22",
+    "append": "#16a085",
+    "swap": "#8e44ad",
+    "merge and wait": "#c0392b",
+    "other": "#bdc3c7",
+    "between kernels": "#ecf0f1",
+}
+
+
+def draw(rows: list[dict]) -> Svg:
+    """A picture of benchmark rows that have a split."""
+    longest = max(sum(row["split_ms"][part] for part in PARTS) for row in rows)
+    scale = (WIDTH - LEFT - RIGHT) / longest
+    height = TOP + len(rows) * (BAR + GAP) + BOTTOM
+    picture = Svg(WIDTH, height)
+    picture.text(LEFT, 20, "GPU time of a decode step, ms", size=14, colour="black")
+    x = 8.0
+    for part, colour in PARTS.items():
+        picture.box(x, 34, 12, 12, colour)
+        picture.text(x + 16, 44, part, size=11)
+        x += 30 + 6.3 * len(part)
+    for number, row in enumerate(rows):
+        top, x = TOP + number * (BAR + GAP), float(LEFT)
+        many = "s" if row["requests"] > 1 else ""
+        picture.text(LEFT - 8, top + 12, f"{row['requests']} request{many}", "end")
+        picture.text(LEFT - 8, top + 26, f"{row['context']:,} tokens each", "end", size=10)
+        for part, colour in PARTS.items():
+            wide = row["split_ms"][part] * scale
+            picture.box(x, top, wide, BAR, colour)
+            if wide > 26:
+                shade = "#2c3e50" if colour in ("#bdc3c7", "#ecf0f1") else "white"
+                picture.text(x + wide / 2, top + 17, f"{row['split_ms'][part]:.1f}", "middle", 10, shade)
+            x += wide
+        picture.text(x + 6, top + 17, f"{sum(row['split_ms'][part] for part in PARTS):.1f}")
+    note = "what copies blocks and what the CPU attends to meanwhile goes on beside these"
+    picture.text(LEFT, height - 12, note, size=10, colour="#7f8c8d")
+    return picture
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    rows = [row for path in args.results for row in json.loads(path.read_text())["rows"] if "split_ms" in row]
+    if not rows:
+        parser.error(f"{', '.join(map(str, args.results))}: no row was profiled; run bench_decode.py --profile")
+    args.picture.write_text(str(draw(rows)))
+
+
+if __name__ == "__main__":
+    main()
