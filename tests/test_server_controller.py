@@ -128,3 +128,16 @@ def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tm
         assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
         assert [answer["output_ids"] for answer in answers] == expected
         assert server.settle()["host_pages_used"] == 0
+
+
+def test_two_ranks_decide_alike(checkpoints, dense, tmp_path):
+    """Each rank measures its own KV heads; they go by the largest, or their batches would differ."""
+    prompts = random_prompts(64, LENGTHS)
+    flags = [*FLAGS, "--tp-size", "2", "--rheoserve-token-budget", "1024", "--rheoserve-tpot-slo-ms", "1"]
+    with rheo_server(checkpoints.path(), flags, tmp_path, STRICT | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
+        with Watch(server) as seen:
+            answers = server.tokens(prompts, 60)
+        short = [row for row, length in enumerate(LENGTHS) if length + 60 <= 1024]  # those are dense
+        assert [answers[row] for row in short] == dense.tokens([prompts[row] for row in short], 60)
+        assert max(now["waiting"] for now in seen) >= 1
+        assert server.settle()["host_pages_used"] == 0

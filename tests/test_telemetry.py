@@ -59,8 +59,30 @@ def test_the_decode_log_line_tells_of_frames_and_of_the_cpus_share(full):
     assert any(float(share) > 0.5 for _, share in lines)  # frames for 512 tokens, prompts of 1500
 
 
+def refuse(server, options: dict):
+    body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1, "custom_params": {"rheoserve": options}}}
+    assert server.post("/generate", body).status_code == 400
+
+
+def test_refused_requests_are_counted_by_reasons_that_no_client_can_invent(full):
+    name = "sglang:rheoserve_refused_requests_total"
+    refuse(full, {"report": "yes"})  # the first makes the metric
+    before = requests.get(full.url + "/metrics", timeout=60).text
+    for options in ({"report": 1}, {"a": 1}, {"b": 1}, {"mode": "window"}):
+        refuse(full, options)
+    after = requests.get(full.url + "/metrics", timeout=60).text
+
+    def counts(text: str) -> dict[str, float]:
+        found = re.findall(rf'^{name}\{{[^}}]*reason="([a-z_]*)"[^}}]*\}} (\S+)', text, re.M)
+        return {reason: float(value) for reason, value in found}
+
+    grown = {reason: value - counts(before).get(reason, 0.0) for reason, value in counts(after).items()}
+    assert {reason: value for reason, value in grown.items() if value} == {"report": 1, "unknown": 2, "rheoserve": 1}
+
+
 def test_the_dashboard_asks_for_metrics_that_exist(full):
     full.generate(random_prompts(5, [10]), 9)
+    refuse(full, {"report": "yes"})
     there = set(metrics(full)) | {f"{PREFIX}{name}_total" for name in ON_A_GPU}
     panels = json.loads((MONITORING / "dashboards" / "rheoserve.json").read_text())["panels"]
     assert len(panels) >= 6

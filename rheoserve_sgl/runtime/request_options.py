@@ -12,9 +12,11 @@ import torch
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.runtime.telemetry import count_refusal
 
 logger = logging.getLogger(__name__)
 KEY = "rheoserve"
+OPTIONS = ("token_budget", "mode", "report")
 ALL_PAGES = 2**31 - 1
 
 
@@ -33,8 +35,8 @@ def selected_pages(custom_params, config: RheoConfig) -> int:
     if not isinstance(options, dict):
         _refuse("", options, "an object with token_budget, mode or report")
     for name in options:
-        if name not in ("token_budget", "mode", "report"):
-            _refuse("." + name, options[name], "token_budget, mode, report are the options")
+        if name not in OPTIONS:
+            _refuse("." + name, options[name], f"{', '.join(OPTIONS)} are the options")
     if not isinstance(options.get("report", False), bool):
         _refuse(".report", options["report"], "true, false")
     mode = options.get("mode", config.mode)
@@ -57,8 +59,17 @@ def selected_pages(custom_params, config: RheoConfig) -> int:
     return min(budget // PAGE_TOKENS, ALL_PAGES)
 
 
+class RefusedOption(ValueError):
+    """An option of a request that is refused; `reason` is its name, or "unknown" for one that does not exist."""
+
+    def __init__(self, name: str, value, legal: str):
+        super().__init__(f"custom_params.{KEY}{name} is {value!r}; legal: {legal}")
+        option = name.removeprefix(".")
+        self.reason = option if option in OPTIONS else "unknown" if option else KEY
+
+
 def _refuse(name: str, value, legal: str):
-    raise ValueError(f"custom_params.{KEY}{name} is {value!r}; legal: {legal}")
+    raise RefusedOption(name, value, legal)
 
 
 class SelectionLimits:
@@ -94,7 +105,12 @@ def check_options(result, params, *_):
 
         server_args = get_server_args()
         if selects_rheoserve(server_args):
-            selected_pages(params.custom_params, RheoConfig.from_server_args(server_args))
+            try:
+                selected_pages(params.custom_params, RheoConfig.from_server_args(server_args))
+            except RefusedOption as refused:
+                if server_args.enable_metrics:
+                    count_refusal(refused.reason)
+                raise
 
 
 def requests_enter(result, batch):

@@ -3,6 +3,8 @@
 A scheduler process has one pool; its backend calls `observe`, and until then the hooks here do nothing.
 """
 
+from functools import cache
+
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.coordinator.figures import Figures
 
@@ -72,6 +74,19 @@ def make_metrics(labels: list[str]) -> dict:
     counters = {name: Counter(PREFIX + name, text, labels) for name, text in COUNTERS.items()}
     gauges = {name: Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent") for name, text in GAUGES.items()}
     return counters | gauges
+
+
+@cache
+def refusals():
+    """The counter of refused requests, in the process that takes requests in."""
+    from prometheus_client import Counter
+
+    return Counter(PREFIX + "refused_requests", "Requests refused for an option of theirs, by its name.", ["reason"])
+
+
+def count_refusal(reason: str):
+    """A request was refused (400). The reasons are few and fixed: no client can make labels."""
+    refusals().labels(reason=reason).inc()
 
 
 _telemetry: Telemetry | None = None
