@@ -2,7 +2,7 @@
 
 RheoServe against SGLang's own backend with the same device memory for KV, Qwen3-8B's shapes, random weights and random
 prompts; RheoServe's selection is synthetic, of a given churn (synthetic_server.py). For each rate: time to first token,
-time per further token, and tokens a second of all requests. Arrivals, lengths of prompts and of answers come from the
+time per further token, the longest gap between two, and tokens a second of all requests. Arrivals, lengths of prompts and of answers come from the
 seed alone, so that both systems get the same. `sglang.bench_serving` measures the same figures by the text that comes
 back, which token numbers of a model without a tokenizer do not have; so the requests are sent from here. The last line
 is JSON.
@@ -49,25 +49,32 @@ def draw_load(rate: float, seconds: float, prompt, answer, vocabulary: int, seed
 
 
 async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> dict:
-    """One request's seconds: to its first token, and for each further one."""
+    """One request's seconds: to its first token, for each further one, and the longest without any."""
     body = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
         "stream": True,
     }
-    began, first, last, count = time.perf_counter(), None, None, 0
+    began, first, last, count, gap = time.perf_counter(), None, None, 0, 0.0
     async with session.post(url + "/generate", json=body) as reply:
         if reply.status != 200:
             raise RuntimeError(f"{url} answers {reply.status}: {await reply.text()}")
         async for line in reply.content:
             if not line.startswith(b"data: {"):
                 continue
-            last = time.perf_counter()
-            first = first or last
+            now = time.perf_counter()
+            gap = max(gap, now - last) if last else gap
+            first, last = first or now, now
             count = json.loads(line[6:])["meta_info"]["completion_tokens"]
     if count != tokens:
         raise RuntimeError(f"asked for {tokens} tokens, got {count}")
-    return {"first": first - began, "each": (last - first) / max(tokens - 1, 1), "began": began, "ended": last}
+    return {
+        "first": first - began,
+        "each": (last - first) / max(tokens - 1, 1),
+        "gap": gap,
+        "began": began,
+        "ended": last,
+    }
 
 
 async def send(url: str, load, limit: float) -> tuple[list[dict], int]:
@@ -92,12 +99,13 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def measure(server: Server, system: str, rate: float, args) -> dict:
-    load = draw_load(rate, args.seconds, args.prompt, args.answer, QWEN3_8B["vocab_size"], args.seed)
+    config = json.loads((args.model / "config.json").read_text()) if args.model else QWEN3_8B
+    load = draw_load(rate, args.seconds, args.prompt, args.answer, config["vocab_size"], args.seed)
     began = time.perf_counter()
     before = rheo_counts(server)
     with Sampler(server.url) as samples:
         ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
-    first, each = [one["first"] for one in ended], [one["each"] for one in ended]
+    first, each, gaps = ([one[name] for one in ended] for name in ("first", "each", "gap"))
     tokens = sum(tokens for _, _, tokens in load) if not late else None
     span = max((one["ended"] for one in ended), default=time.perf_counter()) - began
     after = rheo_counts(server)
@@ -111,6 +119,7 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
         "ttft_p99": round(percentile(first, 0.99), 3) if first else None,
         "tpot_ms": round(1000 * statistics.mean(each), 2) if each else None,
         "tpot_p99_ms": round(1000 * percentile(each, 0.99), 2) if each else None,
+        "longest_gap": round(statistics.median(gaps), 3) if gaps else None,
         "tokens_per_second": round(tokens / span, 1) if tokens else None,
         "span_seconds": round(span, 1),
         **{name: round(after[name] - before[name], 4) for name in after},
@@ -167,10 +176,14 @@ def rheo_counts(server: Server) -> dict:
 
 def flags_of(system: str, args) -> tuple[list[str], list[str] | None]:
     """Flags and program of a system."""
+    context = ["--context-length", str(args.prompt[1] + args.answer[1] + 64), "--enable-metrics"]
+    if args.model:
+        own = ["--attention-backend", args.peer] if system == "sglang" else ["--attention-backend", "rheoserve"]
+        return [*context, *own, "--dtype", "auto", *(args.rheo.split() if system != "sglang" else [])], None
     tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
     flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--sampling-backend", "pytorch"]
-    flags += ["--context-length", str(args.prompt[1] + args.answer[1] + 64), "--mem-fraction-static", "0.85"]
-    flags += ["--enable-metrics", "--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
+    flags += [*context, "--mem-fraction-static", "0.85"]
+    flags += ["--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
     if system == "sglang":
         return [*flags, "--page-size", "64", "--max-total-tokens", str(tokens), "--attention-backend", args.peer], None
     flags += ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
@@ -182,6 +195,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", default=["sglang", "rheoserve"], choices=["sglang", "rheoserve"])
     parser.add_argument("--peer", default="fa3", help="attention backend of SGLang's own")
+    parser.add_argument("--model", type=Path, help="serve this checkpoint as it is, instead of Qwen3-8B's shapes")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="requests a second")
     parser.add_argument("--seconds", type=float, default=300, help="in which requests arrive")
     parser.add_argument("--limit", type=float, help="seconds after which what has not ended is given up")
@@ -205,7 +219,7 @@ def main():
         (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
         for system in args.systems:
             flags, program = flags_of(system, args)
-            with Server(folder / "model", flags, folder / f"{system}.log", program=program) as server:
+            with Server(args.model or folder / "model", flags, folder / f"{system}.log", program=program) as server:
                 server.tokens([[1] * 2048], 8)  # warms up
                 for rate in args.rates:
                     server.flush()

@@ -27,6 +27,7 @@ COMMON = ["--context-length", "16384", "--chunked-prefill-size", "2048"]
 RHEOSERVE = [
     *("--attention-backend", "rheoserve", "--rheoserve-device-tokens", "2048", "--rheoserve-token-budget", "16384"),
     *("--max-running-requests", "8", "--enable-custom-logit-processor", "--rheoserve-canary", "raise"),
+    *("--rheoserve-admission", "on"),
 ]
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2",
