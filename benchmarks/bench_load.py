@@ -2,10 +2,10 @@
 
 RheoServe against SGLang's own backend with the same device memory for KV, Qwen3-8B's shapes, random weights and random
 prompts; RheoServe's selection is synthetic, of a given churn (synthetic_server.py). For each rate: time to first token,
-time per further token, the longest gap between two, and tokens a second of all requests. Arrivals, lengths of prompts and of answers come from the
-seed alone, so that both systems get the same. `sglang.bench_serving` measures the same figures by the text that comes
-back, which token numbers of a model without a tokenizer do not have; so the requests are sent from here. The last line
-is JSON.
+time per further token, the longest gap between two, and tokens a second of all requests. Arrivals, lengths of prompts
+and of answers come from the seed alone, so that both systems get the same. `sglang.bench_serving` measures most of it
+by the text that comes back, which token numbers of a model without a tokenizer do not have; so the requests are sent
+from here. `--model` serves a checkpoint as it is, also without a GPU. The last line is JSON.
 """
 
 import argparse
