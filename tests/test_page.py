@@ -85,11 +85,13 @@ def test_a_map_shows_what_is_resident(guarded):
             pass
         while seen["requests"][0]["output_tokens"] < 3:
             seen = data(guarded, rid="watched", layer=2, head=1).json()["ranks"][0]["look"]
-        assert seen["requests"][0] | {"output_tokens": 0} == {
+        assert 0 < seen["requests"][0]["working_set_pages"] <= 48
+        assert seen["requests"][0] | {"output_tokens": 0, "working_set_pages": 0} == {
             "rid": "watched",
             "state": "decoding",
             "prompt_tokens": 3000,
             "output_tokens": 0,
+            "working_set_pages": 0,
         }
         found = seen["map"]
         assert (found["layer"], found["head"], found["blocks_a_column"]) == (2, 1, 1)
@@ -121,7 +123,8 @@ def test_a_browser_shows_a_request_as_it_decodes(guarded, tmp_path):
             "return [...Array(map.width).keys()].map((at) => line[4 * at] > line[4 * at + 2])"
         )
         assert 0 < sum(colours) < len(colours)  # some blocks in host memory only, some on the device
-        assert "%" in browser.run("return document.getElementById('tiles').innerText")
+        tiles = browser.run("return document.getElementById('tiles').innerText")
+        assert "%" in tiles and "wait, prefilled" in tiles and "a step, predicted" in tiles
         assert "ms" in browser.run("return document.getElementById('step').innerText")
         if os.environ.get("RHEOSERVE_TEST_PICTURES"):
             browser.picture(Path(os.environ["RHEOSERVE_TEST_PICTURES"]) / "page.png")

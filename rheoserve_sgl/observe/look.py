@@ -6,6 +6,7 @@ import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.observe import question
+from rheoserve_sgl.runtime.transaction import Transaction
 
 logger = logging.getLogger(__name__)
 COLUMNS = 256  # of a map, at most: longer sequences have several blocks to a column
@@ -28,7 +29,7 @@ def answer(field: str | None, scheduler) -> dict | None:
 def gather(scheduler, rid: str, layer: int, head: int) -> dict:
     """All requests, and the chosen one's map."""
     states = requests_by_state(scheduler)
-    chosen = next((request for state, request in states if request.rid == rid and state != "waiting"), None)
+    chosen = next((request for state, request in states if request.rid == rid and state != "queued"), None)
     pool: TwoTierKVPool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     return {
         "requests": [describe(state, request) for state, request in states[:MOST_REQUESTS]],
@@ -39,7 +40,7 @@ def gather(scheduler, rid: str, layer: int, head: int) -> dict:
 
 
 def requests_by_state(scheduler) -> list[tuple[str, object]]:
-    """(state, SGLang's Req) of every request: "decoding", "prefilling" or "waiting"."""
+    """(state, SGLang's Req) of every request: "decoding", "waiting" (prefilled), "prefilling" or "queued"."""
     found: dict[str, tuple[str, object]] = {}
     batches = (scheduler.running_batch, scheduler.last_batch)
     held = [request for batch in batches if batch is not None for request in batch.reqs]
@@ -47,9 +48,9 @@ def requests_by_state(scheduler) -> list[tuple[str, object]]:
         held.append(scheduler.chunked_req)
     for request in held:
         if not request.finished() and request.req_pool_idx is not None:
-            found[request.rid] = ("decoding" if request.output_ids else "prefilling", request)
+            found[request.rid] = (Transaction.of(request).state if request.output_ids else "prefilling", request)
     for request in scheduler.waiting_queue:
-        found.setdefault(request.rid, ("waiting", request))
+        found.setdefault(request.rid, ("queued", request))
     return list(found.values())
 
 
@@ -59,6 +60,7 @@ def describe(state: str, request) -> dict:
         "state": state,
         "prompt_tokens": len(request.origin_input_ids),
         "output_tokens": len(request.output_ids),
+        "working_set_pages": round(Transaction.of(request).need, 1),
     }
 
 

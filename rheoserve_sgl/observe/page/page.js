@@ -31,6 +31,8 @@ function show(data) {
     "frames in use": percent(now.frames_used, now.frames_used + now.frames_free),
     "host pages in use": percent(now.host_pages_used, now.host_pages_used + now.host_pages_free),
     "copied into frames": (since("exchanged_bytes") / 1e6).toFixed(1) + " MB",
+    "wait, prefilled": now.transactions_waiting,
+    "a step, predicted": now.predicted_step_seconds ? (1000 * now.predicted_step_seconds).toFixed(1) + " ms" : "–",
   });
   if (before && steps > 0) split(1000 * (data.time - before.time) / steps, steps, since);
   requests(view.requests);
@@ -66,7 +68,8 @@ function requests(all) {
   if (!all.some((one) => one.rid === rid)) choose((all.find((one) => one.state === "decoding") || { rid: "" }).rid);
   by("requests").tBodies[0].replaceChildren(...all.map((one) => {
     const row = document.createElement("tr");
-    for (const text of [one.rid, one.state, one.prompt_tokens, one.output_tokens]) row.insertCell().textContent = text;
+    const cells = [one.rid, one.state, one.prompt_tokens, one.output_tokens, one.working_set_pages || "–"];
+    for (const text of cells) row.insertCell().textContent = text;
     row.className = one.rid === rid ? "chosen" : "";
     row.onclick = () => choose(one.rid);
     return row;
