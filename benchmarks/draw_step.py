@@ -15,6 +15,7 @@ PARTS = {
     "weights": "#7f8c8d",
     "resident": "#2471a3",
     "score and plan": "#e67e22",
+    "synthetic gate": "#f5cba7",
     "append": "#16a085",
     "swap": "#8e44ad",
     "merge and wait": "#c0392b",
@@ -23,9 +24,13 @@ PARTS = {
 }
 
 
+def whole(row: dict) -> float:
+    return sum(row["split_ms"].get(part, 0.0) for part in PARTS)
+
+
 def draw(rows: list[dict]) -> Svg:
     """A picture of benchmark rows that have a split."""
-    longest = max(sum(row["split_ms"][part] for part in PARTS) for row in rows)
+    longest = max(map(whole, rows))
     scale = (WIDTH - LEFT - RIGHT) / longest
     height = TOP + len(rows) * (BAR + GAP) + BOTTOM
     picture = Svg(WIDTH, height)
@@ -34,20 +39,21 @@ def draw(rows: list[dict]) -> Svg:
     for part, colour in PARTS.items():
         picture.box(x, 34, 12, 12, colour)
         picture.text(x + 16, 44, part, size=11)
-        x += 30 + 6.3 * len(part)
+        x += 26 + 5.8 * len(part)
     for number, row in enumerate(rows):
         top, x = TOP + number * (BAR + GAP), float(LEFT)
         many = "s" if row["requests"] > 1 else ""
         picture.text(LEFT - 8, top + 12, f"{row['requests']} request{many}", "end")
         picture.text(LEFT - 8, top + 26, f"{row['context']:,} tokens each", "end", size=10)
         for part, colour in PARTS.items():
-            wide = row["split_ms"][part] * scale
+            took = row["split_ms"].get(part, 0.0)
+            wide = took * scale
             picture.box(x, top, wide, BAR, colour)
             if wide > 26:
-                shade = "#2c3e50" if colour in ("#bdc3c7", "#ecf0f1") else "white"
-                picture.text(x + wide / 2, top + 17, f"{row['split_ms'][part]:.1f}", "middle", 10, shade)
+                shade = "#2c3e50" if colour in ("#bdc3c7", "#ecf0f1", "#f5cba7") else "white"
+                picture.text(x + wide / 2, top + 17, f"{took:.1f}", "middle", 10, shade)
             x += wide
-        picture.text(x + 6, top + 17, f"{sum(row['split_ms'][part] for part in PARTS):.1f}")
+        picture.text(x + 6, top + 17, f"{whole(row):.1f}")
     note = "what copies blocks and what the CPU attends to meanwhile goes on beside these"
     picture.text(LEFT, height - 12, note, size=10, colour="#7f8c8d")
     return picture

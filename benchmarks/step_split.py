@@ -13,7 +13,8 @@ from pathlib import Path
 
 FIRST, ALWAYS = "_snapshot", "_attend_split"
 PARTS = {
-    "score and plan": r"^_(score|draw|queries|keys|plan|begin|disturb)$",
+    "score and plan": r"^_(score|queries|keys|plan|begin|disturb)$",
+    "synthetic gate": r"^_draw$",  # the benchmark's own
     "resident": r"^_attend_split$",
     "merge and wait": r"^_merge$",
     "append": r"^_(append|snapshot)$",
