@@ -153,8 +153,9 @@ def reference(checkpoints, tmp_path_factory):
         (["--rheoserve-mode", "full", "--disable-cuda-graph"], {}),
         (["--rheoserve-token-budget", "16384"], {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}),
         (["--rheoserve-token-budget", "16384", "--rheoserve-selector", "mean", "--disable-cuda-graph"], {}),
+        (["--rheoserve-token-budget", "16384", "--rheoserve-admission", "off"], {}),
     ],
-    ids=["full", "full-without-graphs", "balanced-random-exchange", "balanced-mean-without-graphs"],
+    ids=["full", "full-without-graphs", "balanced-random-exchange", "balanced-mean-without-graphs", "all-at-once"],
 )
 def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints, tmp_path):
     """Tokens are equal up to a step where the two best are within rounding; log probabilities up to there."""
@@ -189,6 +190,7 @@ def test_48_requests_and_64k_tokens_equal_triton_within_rounding(checkpoints, tm
         expected = crowd_and_long(server)
     # All is selected, and a sixth of it resident: the rest is the CPU's.
     args = ["--rheoserve-token-budget", "65600", "--rheoserve-device-tokens", "12288", "--rheoserve-host-size", "1"]
+    args += ["--rheoserve-admission", "off"]
     with rheo_server(checkpoints.path(), [*args, *HALF, *FAR], tmp_path) as server:
         whole = [
             same_up_to_rounding(mine, theirs) for mine, theirs in zip(crowd_and_long(server), expected, strict=True)
@@ -199,8 +201,9 @@ def test_48_requests_and_64k_tokens_equal_triton_within_rounding(checkpoints, tm
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_tensor_parallel_ranks_equal_triton_within_rounding(reference, checkpoints, tmp_path):
-    args = ["--rheoserve-mode", "full", "--tp", "2", "--rheoserve-device-tokens", "1024", *HALF]
+@pytest.mark.parametrize("mode", [["--rheoserve-mode", "full"], ["--rheoserve-token-budget", "16384"]])
+def test_two_tensor_parallel_ranks_equal_triton_within_rounding(mode, reference, checkpoints, tmp_path):
+    args = [*mode, "--tp", "2", "--rheoserve-device-tokens", "1024", *HALF]
     with rheo_server(checkpoints.path(), args, tmp_path) as server:
         whole = [same_up_to_rounding(mine, theirs) for mine, theirs in zip(answers(server), reference, strict=True)]
         assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"

@@ -40,5 +40,5 @@ def test_a_trace_without_two_steps_is_refused():
 
 def test_kernels_of_others_are_not_ours():
     assert part_of("void at::native::_scatter_gather_elementwise") == "other"
-    assert part_of("_draw") == "score and plan" and part_of("_claim") == "swap"
+    assert part_of("_draw") == "synthetic gate" and part_of("_claim") == "swap"
     assert part_of("sm90_xmma_gemm_bf16") == "weights"
