@@ -38,7 +38,7 @@ MOST_WEIGHT = 1e6
 LEAST = 0.5
 LOAD = (
     *("transactions_decoding", "transactions_waiting", "working_set_pages"),
-    *("predicted_step_seconds", "measured_step_seconds"),
+    *("predicted_step_seconds", "measured_step_seconds", "pauses", "waited_seconds"),
 )
 ROUNDING = 0.999  # of an importance that has faded step by step
 

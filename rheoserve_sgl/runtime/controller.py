@@ -186,16 +186,18 @@ class Controller:
 
     def _mark(self, requests, known, rows: list[int]):
         """Enter the new states, and let the coordinator share frames out anew if others decode than before."""
-        chosen = set(rows)
+        chosen, load = set(rows), self._coordinator.load
         for row, one in enumerate(known):
-            one.enter("decoding" if row in chosen else "waiting")
+            pauses, seconds = one.enter("decoding" if row in chosen else "waiting")
+            load["pauses"] += pauses
+            load["waited_seconds"] += seconds
             self._turn(requests[row], one)
         now = [requests[row] for row in rows]
         if now != self._decoding:
             self._decoding, self._steady, self._predicted = now, False, 0.0
             self.clock.restart()
             self._coordinator.batch_changed()
-        self._coordinator.load |= {
+        load |= {
             "transactions_decoding": len(now),
             "transactions_waiting": len(known) - len(now),
             "working_set_pages": round(sum(known[row].need for row in rows), 1),

@@ -16,6 +16,8 @@ COUNTERS = {
     "selected_blocks": "Blocks that were selected, over all layers and KV heads; the CPU visited some.",
     "exchanges": "Exchanges of blocks between the tiers; swaps of a step are not counted.",
     "exchanged_bytes": "Bytes copied from the host store into frames.",
+    "pauses": "Times that a request which decoded had to wait for others.",
+    "waited_seconds": "Seconds that prefilled requests waited before they decoded, or decoded again.",
     "host_attention_seconds": "Seconds in which the CPU attended to blocks (on a GPU only).",
     "exposed_wait_seconds": "Seconds in which the GPU waited for the CPU's attention (on a GPU only).",
 }

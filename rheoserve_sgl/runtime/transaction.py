@@ -34,16 +34,15 @@ class Transaction:
             request.rheoserve = cls()
         return request.rheoserve
 
-    def enter(self, state: str):
-        """Change the state."""
+    def enter(self, state: str) -> tuple[int, float]:
+        """Change the state; returns the pauses that begin with it, and the seconds waited that end with it."""
         if state == self.state:
-            return
+            return 0, 0.0
         now = time.monotonic()
-        if state == "waiting":
-            self.pauses += 1
-        else:
-            self.waited += now - self.since
+        pauses, seconds = (1, 0.0) if state == "waiting" else (0, now - self.since)
+        self.pauses, self.waited = self.pauses + pauses, self.waited + seconds
         self.state, self.since = state, now
+        return pauses, seconds
 
     def waiting_seconds(self) -> float:
         """All its waits, the present one included."""
