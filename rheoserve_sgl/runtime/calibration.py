@@ -4,6 +4,7 @@ import logging
 import time
 
 import torch
+from sglang.srt.distributed import get_world_group
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
@@ -17,7 +18,7 @@ REPEATS = 3
 
 
 def calibrate(pool: TwoTierKVPool, model: torch.nn.Module, group: int) -> LatencyModel:
-    """Measure this rank's rates, on blocks of its own pool.
+    """Measure the rates of all ranks, each on blocks of its own pool; all get the slowest, so that they predict alike.
 
     Args:
         group: query heads to a KV head
@@ -30,11 +31,23 @@ def calibrate(pool: TwoTierKVPool, model: torch.nn.Module, group: int) -> Latenc
         pool.threads,
         pool.frames.layers[0] if pool.importance.is_cuda else None,
     )
+    device, host, least = agree([rates.device, rates.host, -float(weights)])
+    rates, weights = Rates(device, host, rates.beside), int(-least)
     logger.info(
         "RheoServe: the device reads %.0f GB/s, the CPU's attention %.1f GB/s; weights %.2f GB",
         *(value / 1e9 for value in (rates.device, rates.host, weights)),
     )
     return LatencyModel(rates, weights)
+
+
+def agree(values: list[float]) -> list[float]:
+    """The smallest over all ranks."""
+    world = get_world_group()
+    if world.world_size == 1:
+        return values
+    shared = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
+    return shared.tolist()
 
 
 def measure_rates(host: torch.Tensor, kv_heads: int, group: int, threads: int, frames: torch.Tensor | None) -> Rates:

@@ -96,7 +96,8 @@ class Controller:
         objective = self._config.tpot_slo_ms
         if objective is None:
             return rows
-        while len(rows) > 1 and 1000 * self._predict([requests[row] for row in rows]) > objective:
+        latency = self._coordinator.latency
+        while len(rows) > 1 and 1000 * latency.predict(self._load([requests[row] for row in rows])) > objective:
             rows = rows[:-1]
         return rows
 
@@ -115,8 +116,8 @@ class Controller:
         tokens = len(request.origin_input_ids) + len(request.output_ids)
         return -(-tokens // self._pool.page_size)
 
-    def _predict(self, requests) -> float:
-        """Seconds of a step of these requests, while as much is missed as lately."""
+    def _load(self, requests) -> StepLoad:
+        """What a step of these requests reads, while as much is missed as lately."""
         pool = self._pool
         pages = [self._pages(request) for request in requests]
         limits = [Transaction.of(request).limit for request in requests]  # some may have ended, and have no slot
@@ -124,14 +125,12 @@ class Controller:
         blocks = pool.layer_num * pool.head_num
         attended = selected if self._config.attends_selected_only else sum(pages)
         resident = min(attended, pool.frame_count // pool.head_num)
-        load = StepLoad(
+        return StepLoad(
             requests=len(requests),
             resident=resident * blocks * pool.block_bytes,
             scored=sum(pages) * blocks * pool.quick.block_bytes if self._config.selects else 0,
             visited=self._missed * selected * blocks * pool.block_bytes,
         )
-        self._load = load
-        return self._coordinator.latency.predict(load)
 
     def _learn(self):
         """Take in what was measured last, if it is new."""
@@ -160,9 +159,9 @@ class Controller:
         latency, objective = self._coordinator.latency, self._config.tpot_slo_ms
         if self._predicted:
             self._coordinator.load |= {"predicted_step_seconds": self._predicted, "measured_step_seconds": step}
-        self._predict(self._decoding)
-        latency.observe(self._load, step)
-        self._predicted = latency.predict(self._load)
+        load = self._load(self._decoding)
+        latency.observe(load, step)
+        self._predicted = latency.predict(load)
         if objective is not None and self._between and chunk:
             # A token takes its step and its part of the chunk before it.
             spare = max(objective / 1000 - step, 1e-9)
