@@ -30,6 +30,7 @@ _FLAGS = (
     ("pp_size", lambda v: v == 1, "1: use --tp-size"),
     ("dcp_size", lambda v: v in (None, 1), "1: use --tp-size"),
     ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
+    ("enable_dp_attention", lambda v: not v, "--tp-size or --dp-size without it"),
     ("enable_two_batch_overlap", lambda v: not v, "leave it out"),
     ("enable_torch_compile", lambda v: not v, "leave it out"),
     ("cuda_graph_backend_decode", lambda v: v in (None, "full", "disabled"), "full, or leave it out"),

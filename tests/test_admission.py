@@ -64,10 +64,23 @@ def test_too_many_misses_pause_the_newest_until_they_are_few():
         admission.observe(0.2, 14)  # neither many nor few
     assert admission.bound == 14
     for _ in range(CALM):
-        admission.observe(0.05, 14)
+        admission.observe(0.05, 14, steady=False)  # others came and went, and all found their blocks
     assert admission.choose(sixteen, more_coming=False) == list(range(15))
     admission.observe(0.9, 1)
-    assert admission.bound == 15 and Admission(1, 0.25).bound == NO_BOUND
+    admission.observe(0.9, 12, steady=False)  # those that have just joined miss much
+    assert admission.bound == 15
+    assert admission.choose(sixteen[:15], more_coming=False) == list(range(15))
+    assert admission.bound == NO_BOUND  # it stopped nobody
+
+
+def test_after_a_bad_window_many_small_ones_soon_decode_together():
+    admission, small, windows = Admission(1000, 0.25), decoding(*[10] * 64), 0
+    admission.observe(0.5, 2)
+    assert len(admission.choose(small, more_coming=False)) == 1
+    while len(admission.choose(small, more_coming=False)) < 32:
+        admission.observe(0.0, admission.bound, steady=False)
+        windows += 1
+    assert windows <= 22 * CALM
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 64)), max_size=60))

@@ -130,10 +130,32 @@ def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tm
         assert server.settle()["host_pages_used"] == 0
 
 
+def test_a_pause_that_retracts_everybody_changes_no_answer(server, dense):
+    """The same requests come back in the same order, in other slots: what was prepared for the old ones must not run."""
+    server.flush()
+    prompts = random_prompts(65, [900, 640, 700])
+    answers = {}
+
+    def ask():
+        answers["all"] = server.tokens(prompts, 120)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(3):
+        before = server.rheo()["decode_steps"]
+        while server.rheo()["decode_steps"] < before + 10 and asking.is_alive():
+            time.sleep(0.02)
+        assert server.post("/pause_generation", {"mode": "retract"}).status_code == 200
+        assert server.post("/continue_generation", {}).status_code == 200
+    asking.join(300)
+    assert answers["all"] == dense.tokens(prompts, 120)
+    server.settle()
+
+
 def test_two_ranks_decide_alike(checkpoints, dense, tmp_path):
     """Each rank measures its own KV heads; they go by the largest, or their batches would differ."""
     prompts = random_prompts(64, LENGTHS)
-    flags = [*FLAGS, "--tp-size", "2", "--rheoserve-token-budget", "1024", "--rheoserve-tpot-slo-ms", "1"]
+    flags = [*FLAGS, "--tp-size", "2", "--rheoserve-token-budget", "1024", "--rheoserve-tpot-slo-ms", "12"]
     with rheo_server(checkpoints.path(), flags, tmp_path, STRICT | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
         with Watch(server) as seen:
             answers = server.tokens(prompts, 60)

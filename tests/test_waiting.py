@@ -25,7 +25,7 @@ def test_importance_is_kept_over_a_wait(steps):
     assert torch.allclose(faded, before[:, :4] * DECAY**steps, rtol=1e-3, atol=1e-30)
     grown = pool.importance[:, shared] / coordinator.weight
     others = pool.importance[:, other].clone()
-    coordinator.ends_to_wait(kept)
+    coordinator.ends_to_wait(kept, own)
     coordinator.settle()
     now = pool.importance[:, own] / coordinator.weight
     assert torch.allclose(now[:, :4], before[:, :4], rtol=1e-4)
@@ -38,6 +38,18 @@ def test_a_wait_that_ends_before_any_batch_changes_nothing():
     pool.importance[:, 1:9] = torch.rand(LAYERS, 8, HEADS)
     before = pool.importance.clone()
     kept = pool.coordinator.begins_to_wait(torch.arange(1, 9))
-    pool.coordinator.ends_to_wait(kept)
+    pool.coordinator.ends_to_wait(kept, torch.arange(1, 9))
     pool.coordinator.settle()
     assert torch.allclose(pool.importance, before)
+
+
+def test_pages_that_were_exchanged_for_others_meanwhile_get_nothing():
+    """The radix tree gave the request another copy of its first pages, and the old ones to somebody else."""
+    pool, _ = make_pool(64 * 64, 1024)
+    pool.importance[:, 1:9] = 1.0
+    kept = pool.coordinator.begins_to_wait(torch.arange(1, 9))
+    pool.coordinator.settle()
+    pool.importance[:, 1:9] = 0.0
+    pool.coordinator.ends_to_wait(kept, torch.tensor([11, 12, 3, 4, 5, 6, 7, 8]))
+    pool.coordinator.settle()
+    assert pool.importance[:, [1, 2, 11, 12]].sum() == 0 and (pool.importance[:, 3:9] == 1.0).all()

@@ -46,12 +46,12 @@ ROUNDING = 0.999  # of an importance that has faded step by step
 class Kept:
     """What was important to a request that waits: it must not fade while others decode.
 
-    pages: `[n]` int64, the request's
+    pages, now: `[n]` int64, the request's when it began to wait and when it ceased to
     importance: `[layers, n, kv_heads]` float32, in shares of a step's; None until the next batch begins
     """
 
     def __init__(self, pages: torch.Tensor):
-        self.pages, self.importance = pages, None
+        self.pages, self.now, self.importance = pages, pages, None
 
 
 class Coordinator:
@@ -103,7 +103,13 @@ class Coordinator:
         self._turns.append((kept, True))
         return kept
 
-    def ends_to_wait(self, kept: Kept):
+    def ends_to_wait(self, kept: Kept, pages: torch.Tensor):
+        """The request decodes from now on.
+
+        Args:
+            pages: its pages now: SGLang may have given it others of the same content, and its own to somebody else
+        """
+        kept.now = pages
         self._turns.append((kept, False))
 
     def batch_changed(self):
@@ -208,9 +214,12 @@ class Coordinator:
             if begins:
                 kept.importance = importance[:, pages] / self.weight
             elif kept.importance is not None:
+                now = kept.now
+                if now.is_cuda:
+                    now.record_stream(torch.cuda.current_stream())
+                was = kept.importance * self.weight * (now == pages)[:, None]
                 # Pages that it shares with requests that went on may matter more by now.
-                was = kept.importance * self.weight
-                importance.index_copy_(1, pages, torch.maximum(importance[:, pages], was))
+                importance.index_copy_(1, now, torch.maximum(importance[:, now], was))
         self._turns.clear()
 
     def _exchange(self, batch: Batch):

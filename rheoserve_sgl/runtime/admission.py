@@ -51,6 +51,8 @@ class Admission:
             candidates: oldest first
             more_coming: whether another request may be prefilled soon, for which a group may wait
         """
+        if len(candidates) <= self.bound:
+            self.bound = NO_BOUND  # it stops nobody, and those that come later may be others
         stay, join, total, fits = [], [], 0.0, True
         for row, one in enumerate(candidates):
             if one.ends:
@@ -69,16 +71,18 @@ class Admission:
         self._waited = 0
         return sorted(stay + join)
 
-    def observe(self, missed: float, decoding: int):
-        """Learn from a window of steps in which the same requests decoded.
+    def observe(self, missed: float, decoding: int, steady: bool = True):
+        """Learn from a window of steps.
 
         Args:
-            missed: share of what they selected that was not resident
+            missed: share of what was selected in it that was not resident
             decoding: requests
+            steady: whether the same requests decoded in it: those that just joined miss much, which tells nothing
         """
-        if missed > self.most_missed and decoding > 1:
-            self.bound, self._calm = decoding - max(decoding // 8, 1), 0
+        if missed > self.most_missed:
+            if steady and decoding > 1:
+                self.bound, self._calm = decoding - max(decoding // 8, 1), 0
         elif self.bound < NO_BOUND and missed < self.most_missed / 2:
             self._calm += 1
             if self._calm >= CALM:
-                self.bound, self._calm = self.bound + 1, 0
+                self.bound, self._calm = self.bound + max(self.bound // 8, 1), 0

@@ -30,20 +30,24 @@ class Controller:
         pool: its TwoTierKVPool
     """
 
+    current: "Controller | None" = None  # of this process
+
     def __init__(self, scheduler, pool: TwoTierKVPool):
         config = pool.config
         self._scheduler, self._pool, self._config = scheduler, pool, config
         self._coordinator = pool.coordinator
         self.slots, self.clock = Slots(), StepClock(scheduler.enable_overlap)
         self.admission = None
-        if config.admits(on_gpu=pool.importance.is_cuda) and not scheduler.is_mixed_chunk:
+        # Where SGLang prepares batches for several ranks' experts at once, the whole batch is what it prepares.
+        if config.admits(on_gpu=pool.importance.is_cuda) and not (
+            scheduler.is_mixed_chunk or scheduler.require_mlp_sync
+        ):
             capacity = pool.frame_count // pool.head_num
             self.admission = Admission(capacity, config.most_missed, config.join_group, config.join_patience)
         # Mixed batches decode while they prefill.
         self._between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
         self._owed = 0  # decode steps before the next batch of a prefill
         self._measured = 0  # of the working sets' measurements, those taken in
-        self._needs: list[float] = []
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
         self._decoding: list = []
@@ -55,12 +59,34 @@ class Controller:
         """The scheduler's controller, made at first sight; None where another KV pool serves."""
         if not hasattr(scheduler, "rheoserve_controller"):
             pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-            scheduler.rheoserve_controller = cls(scheduler, pool) if isinstance(pool, TwoTierKVPool) else None
+            cls.current = cls(scheduler, pool) if isinstance(pool, TwoTierKVPool) else None
+            scheduler.rheoserve_controller = cls.current
         return scheduler.rheoserve_controller
+
+    def chunked_prompt(self):
+        """SGLang's Req whose prefill is under way, if there is one."""
+        return self._scheduler.chunked_req
 
     def owes_decode(self, batch) -> bool:
         """Whether the running batch decodes before a prefill goes on."""
-        return bool(self._owed) and not batch.is_prefill_only and any(not one.finished() for one in batch.reqs)
+        if not self._owed or batch.is_prefill_only or all(one.finished() for one in batch.reqs):
+            return False
+        if not self._leaves_room(batch):
+            self._owed = 0
+        return bool(self._owed)
+
+    def _leaves_room(self, batch) -> bool:
+        """Whether a chunked prompt still fits after a step that begins a page for each request.
+
+        SGLang takes one in when all of it fits, and fails if others have used its room before the last chunk.
+        """
+        scheduler, page = self._scheduler, self._pool.page_size
+        prompt = scheduler.chunked_req
+        if prompt is None:
+            return True
+        left = len(prompt.full_untruncated_fill_ids) - len(prompt.prefix_indices)
+        free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
+        return free - left >= page * (len(batch.reqs) + 1)
 
     def prefilled(self):
         """A batch of a prefill is about to run."""
@@ -73,7 +99,7 @@ class Controller:
         known = [Transaction.of(request) for request in batch.reqs]
         for request, one in zip(batch.reqs, known, strict=True):
             one.limit = self._pool.limits.of(request.req_pool_idx)
-            one.need = self._need(request, one.limit)
+            one.need = min(one.measured or GUESS * one.limit, self._pages(request))
         rows = list(range(len(known)))
         if self.admission is not None and divisible(batch):
             rows = self._within_objective(batch.reqs, self._choose(batch.reqs, known))
@@ -96,39 +122,35 @@ class Controller:
         objective = self._config.tpot_slo_ms
         if objective is None:
             return rows
-        latency = self._coordinator.latency
-        while len(rows) > 1 and 1000 * latency.predict(self._load([requests[row] for row in rows])) > objective:
-            rows = rows[:-1]
-        return rows
-
-    def _need(self, request, limit: int) -> float:
-        """Pages of frames for each KV head, as measured, or guessed for one that has hardly decoded.
-
-        Args:
-            limit: pages that it may select
-        """
-        pages, slot = self._pages(request), request.req_pool_idx
-        if request.decode_batch_idx >= LEARNING_STEPS and self._needs and self._needs[slot]:
-            return min(self._needs[slot], pages)
-        return min(GUESS * limit, pages)
+        kept, pages, selected = [], 0, 0
+        for row in rows:
+            request = requests[row]
+            own = self._pages(request)
+            pages, selected = pages + own, selected + min(Transaction.of(request).limit, own)
+            load = self._load(len(kept) + 1, pages, selected)
+            if kept and request.to_finish is None and 1000 * self._coordinator.latency.predict(load) > objective:
+                continue  # but those behind it that were aborted may end
+            kept.append(row)
+        return kept
 
     def _pages(self, request) -> int:
         tokens = len(request.origin_input_ids) + len(request.output_ids)
         return -(-tokens // self._pool.page_size)
 
-    def _load(self, requests) -> StepLoad:
-        """What a step of these requests reads, while as much is missed as lately."""
+    def _load(self, requests: int, pages: int, selected: int) -> StepLoad:
+        """What a step reads, while as much is missed as lately.
+
+        Args:
+            pages: of all the requests
+            selected: of those, by each KV head
+        """
         pool = self._pool
-        pages = [self._pages(request) for request in requests]
-        limits = [Transaction.of(request).limit for request in requests]  # some may have ended, and have no slot
-        selected = sum(map(min, limits, pages))
         blocks = pool.layer_num * pool.head_num
-        attended = selected if self._config.attends_selected_only else sum(pages)
-        resident = min(attended, pool.frame_count // pool.head_num)
+        resident = min(selected if self._config.attends_selected_only else pages, pool.frame_count // pool.head_num)
         return StepLoad(
-            requests=len(requests),
+            requests=requests,
             resident=resident * blocks * pool.block_bytes,
-            scored=sum(pages) * blocks * pool.quick.block_bytes if self._config.selects else 0,
+            scored=pages * blocks * pool.quick.block_bytes if self._config.selects else 0,
             visited=self._missed * selected * blocks * pool.block_bytes,
         )
 
@@ -144,13 +166,17 @@ class Controller:
         self._measured = sets.measured
         clock = self.clock
         found = [*found, clock.step_seconds if clock.steps >= TIMED_STEPS else 0.0, clock.chunk_seconds]
-        *self._needs, visited, selected, step, chunk = found if ranks == 1 else self._agree(found)
+        *needs, visited, selected, step, chunk = found if ranks == 1 else self._agree(found)
+        for request in self._decoding:
+            one = Transaction.of(request)
+            if one.steps >= LEARNING_STEPS and request.req_pool_idx is not None:
+                one.measured = needs[request.req_pool_idx]
         before, self._counts = self._counts, (visited, selected)
-        if self._steady and selected > before[1]:
+        if selected > before[1]:
             self._missed = (visited - before[0]) / (selected - before[1])
             if self.admission is not None:
-                self.admission.observe(self._missed, len(self._decoding))
-            if step:
+                self.admission.observe(self._missed, len(self._decoding), self._steady)
+            if step and self._steady:
                 self._learn_time(step, chunk)
         self._steady = True
         clock.restart()
@@ -159,7 +185,9 @@ class Controller:
         latency, objective = self._coordinator.latency, self._config.tpot_slo_ms
         if self._predicted:
             self._coordinator.load |= {"predicted_step_seconds": self._predicted, "measured_step_seconds": step}
-        load = self._load(self._decoding)
+        pages = [self._pages(request) for request in self._decoding]
+        limits = [Transaction.of(request).limit for request in self._decoding]
+        load = self._load(len(pages), sum(pages), sum(map(min, limits, pages)))
         latency.observe(load, step)
         self._predicted = latency.predict(load)
         if objective is not None and self._between and chunk:
@@ -175,12 +203,14 @@ class Controller:
 
     def _turn(self, request, one: Transaction):
         """Tell the coordinator of a request that begins to wait, or ceases to."""
-        if one.state == "waiting" and one.kept is None:
-            table, size = self._scheduler.req_to_token_pool.req_to_token, self._pool.page_size
-            pages = table[request.req_pool_idx, : request.kv.kv_allocated_len : size].long() // size
+        if (one.state == "waiting") == (one.kept is not None):
+            return
+        table, size = self._scheduler.req_to_token_pool.req_to_token, self._pool.page_size
+        pages = table[request.req_pool_idx, : request.kv.kv_allocated_len : size].long() // size
+        if one.kept is None:
             one.kept = self._coordinator.begins_to_wait(pages)
-        elif one.state == "decoding" and one.kept is not None:
-            self._coordinator.ends_to_wait(one.kept)
+        else:  # the page that the step begins was not there when it began to wait
+            self._coordinator.ends_to_wait(one.kept, pages[: len(one.kept.pages)])
             one.kept = None
 
     def _mark(self, requests, known, rows: list[int]):
@@ -191,6 +221,7 @@ class Controller:
             load["pauses"] += pauses
             load["waited_seconds"] += seconds
             self._turn(requests[row], one)
+            one.steps += row in chosen
         now = [requests[row] for row in rows]
         if now != self._decoding:
             self._decoding, self._steady, self._predicted = now, False, 0.0

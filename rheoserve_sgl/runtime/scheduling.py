@@ -47,14 +47,19 @@ def get_new_batch_prefill(original, scheduler, running_batch):
 
 
 def count_requests_once(original, checker):
-    """AROUND `SchedulerInvariantChecker._get_total_uncached_sizes`: a part's requests are the running batch's, too."""
+    """AROUND `SchedulerInvariantChecker._get_total_uncached_sizes`: a part's requests are the running batch's, too, and
+    a chunked prompt is in no batch while others decode between its chunks."""
     last, running = checker.get_last_batch(), checker.get_running_batch()
-    inside = None not in (last, running) and last is not running and set(last.reqs) <= set(running.reqs)
-    if not inside:
+    if None in (last, running) or Controller.current is None:
         return original(checker)
     get_last_batch = checker.get_last_batch
-    checker.get_last_batch = checker.get_running_batch
+    if last is not running and set(last.reqs) <= set(running.reqs):
+        checker.get_last_batch = checker.get_running_batch
     try:
-        return original(checker)
+        full, *others = original(checker)
     finally:
         checker.get_last_batch = get_last_batch
+    prompt = Controller.current.chunked_prompt()
+    if prompt is not None and prompt.kv is not None and prompt not in {*last.reqs, *running.reqs}:
+        full += -(-prompt.kv.kv_allocated_len // checker.page_size) * checker.page_size - prompt.cache_protected_len
+    return full, *others

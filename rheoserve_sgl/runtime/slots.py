@@ -33,7 +33,7 @@ class Slots:
         part = self.part
         if part is not None:
             part.filter_batch()  # finished requests leave it as they left the running batch
-        if part is None or part.reqs != chosen:
+        if part is None or part.reqs != chosen or not same_rows(part, batch, rows):
             part = self.part = cut(batch, rows)
         type(part).prepare_for_decode(part)
         self._ready = part
@@ -64,6 +64,12 @@ class Slots:
 def divisible(batch) -> bool:
     """Whether a batch can be run in part: penalties keep state for all its rows in one place."""
     return not batch.sampling_info.penalizer_orchestrator.is_required
+
+
+def same_rows(part, batch, rows: list[int]) -> bool:
+    """Whether a part's numbers are those of the whole batch: requests that were retracted come back with others."""
+    kept = ((part.req_pool_indices_cpu, batch.req_pool_indices_cpu), (part.seq_lens_cpu, batch.seq_lens_cpu))
+    return all(torch.equal(own, whole[rows]) for own, whole in kept)
 
 
 def cut(batch, rows: list[int]):

@@ -5,6 +5,7 @@ from collections import deque
 
 DECODE, PREFILL, NOTHING = "decode", "prefill", "nothing"
 BLEND = 0.3  # of a new measurement of a chunk in the running mean
+FAR_OFF = 10  # times the mean: the loop was held up by something else, a paused server or new weights
 
 
 class StepClock:
@@ -33,13 +34,14 @@ class StepClock:
         before, self._began = self._began, now
         if before is None or len(self._launched) < self._lag or NOTHING in self._launched:
             return
+        took, mean = now - before, self.chunk_seconds
         if self._launched[0] == PREFILL:
-            took, mean = now - before, self.chunk_seconds
-            self.chunk_seconds = mean + BLEND * (took - mean) if mean else took
+            if not mean or took < FAR_OFF * mean:
+                self.chunk_seconds = mean + BLEND * (took - mean) if mean else took
         elif self._skip:
             self._skip -= 1
-        elif PREFILL not in self._launched:
-            self.steps, self.seconds = self.steps + 1, self.seconds + now - before
+        elif PREFILL not in self._launched and not (self.steps and took > FAR_OFF * self.step_seconds):
+            self.steps, self.seconds = self.steps + 1, self.seconds + took
 
     def launched(self, what: str):
         """The iteration launches a batch."""

@@ -13,6 +13,8 @@ class Transaction:
 
     state: "waiting" with its KV in host memory, or "decoding"
     limit: pages that each KV head may select
+    steps: decode steps since its prefill
+    measured: its working set when it was measured last, in pages for each KV head; 0.0: not yet
     need: pages of frames that each KV head of a layer needs for it, as estimated last
     kept: the coordinator's Kept, while it waits
     waited: seconds it has waited, the present wait not included
@@ -22,6 +24,7 @@ class Transaction:
     def __init__(self):
         self.state = "waiting"
         self.limit, self.need = 0, 0.0
+        self.steps, self.measured = 0, 0.0
         self.kept = None
         self.waited = 0.0
         self.pauses = 0
@@ -54,6 +57,7 @@ def leave(request):
     if hasattr(request, "rheoserve"):
         one = request.rheoserve
         one.state, one.since, one.kept = "waiting", time.monotonic(), None
+        one.steps, one.measured = 0, 0.0
 
 
 def describe(scheduler, most: int = 100) -> dict:
