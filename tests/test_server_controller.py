@@ -131,7 +131,7 @@ def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tm
 
 
 def test_a_pause_that_retracts_everybody_changes_no_answer(server, dense):
-    """The same requests come back in the same order, in other slots: what was prepared for the old ones must not run."""
+    """The same requests come back in other slots: what was prepared for the old ones must not run."""
     server.flush()
     prompts = random_prompts(65, [900, 640, 700])
     answers = {}
