@@ -144,6 +144,16 @@ def test_gates_learn_beside_the_model_and_are_the_distillers(made, tmp_path):
     assert distiller.loss(torch.from_numpy(ids.astype("int64")), None) < 0.9 * fresh
 
 
+def test_gates_may_learn_alone_at_the_end(made, tmp_path):
+    """Then the model's weights are those of a run without gates; with a weight from the beginning they are not."""
+    for name, options in {"none": {}, "alone": {"gates": 0.5, "gates-until": 0}, "beside": {"gates": 0.5}}.items():
+        lines = run(made, tmp_path / name, steps=20, context=512, tokens=2048, **options)
+        assert any("gates" in line for line in lines) == ("gates" in options)
+    none, alone, beside = (ours_weights(tmp_path / name) for name in ("none", "alone", "beside"))
+    assert all(torch.equal(none[key], alone[key]) for key in none)
+    assert not all(torch.equal(none[key], beside[key]) for key in none)
+
+
 def ours_weights(path):
     return torch.load(path / "weights.pt", weights_only=True)
 

@@ -84,14 +84,17 @@ class Divergence:
 
     Args:
         weights: `[batch, length]` of the targets
+        alone: whether only the gates learn from it, and the model does not
     """
 
-    def __init__(self, gates: Gates, weights: torch.Tensor):
-        self.gates, self.rows = gates, min(len(weights), ROWS)
+    def __init__(self, gates: Gates, weights: torch.Tensor, alone: bool):
+        self.gates, self.rows, self.alone = gates, min(len(weights), ROWS), alone
         self.positions = [draw_positions(row == RECALL, len(row)) for row in weights[: self.rows]]
         self.total = 0.0
 
     def __call__(self, layer: int, plain, rotated, angles):
+        if self.alone:
+            plain = [tensor.detach() for tensor in plain]
         with torch.autocast(angles.device.type, enabled=False):
             for row, positions in enumerate(self.positions):
                 one = ((q[row], k[row]) for q, k in (plain, rotated))
@@ -195,7 +198,7 @@ def train(run: Run, pool: ProcessPoolExecutor):
         weights = torch.from_numpy(weights).to(args.device, non_blocking=True)
         for group in run.optimizer.param_groups:
             group["lr"] = args.lr * rate_at(run.step, run.share) * group.get("rate", 1.0)
-        divergence = Divergence(run.gates, weights) if run.gates else None
+        divergence = Divergence(run.gates, weights, run.share >= args.gates_until) if run.gates else None
         with autocast:
             loss = model.loss(model(ids[:, :-1], divergence), ids[:, 1:].flatten(), weights.flatten())
         whole = loss
@@ -253,6 +256,12 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gates", type=float, default=0.0, help="weight of the gates' divergence in the loss; 0: none")
+    parser.add_argument(
+        "--gates-until",
+        type=float,
+        default=1.0,
+        help="share of the run after which only the gates learn from it: the model learns to copy exactly again",
+    )
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1))
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
