@@ -28,13 +28,14 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["layer"])
 def _draw(
-    pages, n_pages, tail_len, logits, tile_max, tile_sum, layer, churn, spread, kv_heads, heads, max_pages, tiles,
+    pages, n_pages, tail_len, quiet, logits, tile_max, tile_sum, layer, churn, spread,
+    kv_heads, heads, max_pages, tiles,
     PAGES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     pair, tile = tl.program_id(0), tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
-    if tile * PAGES < count:
+    if (tile * PAGES < count) & (tl.load(quiet + row) == 0):  # of a quiet request all is resident: nobody reads them
         at = tile * PAGES + tl.arange(0, PAGES)
         valid = at < count
         step = ((count - 1) * TOKENS + tl.load(tail_len + row)).to(tl.float32)
@@ -62,8 +63,8 @@ def replace_scores(churn: float):
         max_pages = tables.pages.shape[1]
         tiles = triton.cdiv(max_pages, PAGES)
         _draw[(batch * kv_heads, tiles)](
-            tables.pages, tables.n_pages, tables.tail_len, scratch.logits, scratch.tile_max, scratch.tile_sum,
-            index, churn, SPREAD, kv_heads, scratch.logits.shape[2], max_pages, tiles, PAGES=PAGES, TOKENS=64,
+            tables.pages, tables.n_pages, tables.tail_len, tables.quiet,
+            scratch.logits, scratch.tile_max, scratch.tile_sum, index, churn, SPREAD, kv_heads, scratch.logits.shape[2], max_pages, tiles, PAGES=PAGES, TOKENS=64,
         )  # fmt: skip
         return scratch
 
