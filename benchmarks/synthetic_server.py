@@ -64,7 +64,8 @@ def replace_scores(churn: float):
         tiles = triton.cdiv(max_pages, PAGES)
         _draw[(batch * kv_heads, tiles)](
             tables.pages, tables.n_pages, tables.tail_len, tables.quiet,
-            scratch.logits, scratch.tile_max, scratch.tile_sum, index, churn, SPREAD, kv_heads, scratch.logits.shape[2], max_pages, tiles, PAGES=PAGES, TOKENS=64,
+            scratch.logits, scratch.tile_max, scratch.tile_sum, index, churn, SPREAD,
+            kv_heads, scratch.logits.shape[2], max_pages, tiles, PAGES=PAGES, TOKENS=64,
         )  # fmt: skip
         return scratch
 
