@@ -5,7 +5,7 @@ import time
 
 import pytest
 import requests
-from serving import random_prompts, rheo_server
+from serving import Server, random_prompts, rheo_server
 
 pytestmark = pytest.mark.server
 # The budget covers every prompt, so that answers are dense; the frames hold the working sets of two or three.
@@ -150,6 +150,23 @@ def test_a_pause_that_retracts_everybody_changes_no_answer(server, dense):
     asking.join(300)
     assert answers["all"] == dense.tokens(prompts, 120)
     server.settle()
+
+
+def test_steps_between_chunks_leave_a_prompt_the_room_it_was_admitted_on(checkpoints, dense, tmp_path):
+    """48 pages of host store: the prompt fits when it is let in, but not after eight steps before each chunk."""
+    short, [long] = random_prompts(66, [60] * 6), random_prompts(67, [1500])
+    flags = ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.0127", "--rheoserve-device-tokens", "1024"]
+    flags += ["--chunked-prefill-size", "64", "--schedule-conservativeness", "0.05"]
+    with Server(checkpoints.path(), flags, tmp_path / "log", STRICT) as server:
+        answers = {}
+        asking = threading.Thread(target=lambda: answers.update(short=server.tokens(short, 390)))
+        asking.start()
+        while server.rheo()["transactions"]["decoding"] < 6:
+            time.sleep(0.02)
+        assert server.tokens([long], 4) == dense.tokens([long], 4)
+        asking.join(300)
+        assert answers["short"] == dense.tokens(short, 390)
+        assert server.settle()["host_pages_used"] == 0
 
 
 def test_two_ranks_decide_alike(checkpoints, dense, tmp_path):
