@@ -168,10 +168,14 @@ def run(name: str, args, folder: Path) -> list[dict]:
     prompts = random_prompts(0, [args.context] * holds(name, args))
     rows = []
     with Server(folder / "model", flags, folder / f"{name}.log", program=program) as server:
-        for count in sorted({1, len(prompts)}, reverse=True):  # of one request the prompt is cached by then
+        counts = {count for count in args.counts or (1,) if count <= len(prompts)} | {len(prompts)}
+        for count in sorted(counts, reverse=True):  # of the fewer requests the prompts are cached by then
             row = {"system": name, "context": args.context, "device_gb": args.device_gb}
             rheo = "rheoserve" in flags
             row |= measure(server, prompts[:count], args, rheo)
+            if rheo:  # of the last window of steps in which all of them decoded
+                row["predicted_ms"] = round(1000 * server.rheo()["predicted_step_seconds"], 2)
+                row["windows_ms"] = round(1000 * server.rheo()["measured_step_seconds"], 2)
             if rheo and args.profile:
                 row |= profiled(server, prompts[:count], args, folder)
             print(row, flush=True)
@@ -186,6 +190,7 @@ def main():
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--device-gb", type=float, default=12, help="GB of device memory for KV")
     parser.add_argument("--requests", type=int, default=8, help="at once, where they fit")
+    parser.add_argument("--counts", type=int, nargs="*", help="of requests, also measured; default: 1")
     parser.add_argument("--churn", type=float, nargs="+", default=[0.05], help="of the selection, a step")
     parser.add_argument("--budget", type=int, default=4096, help="tokens selected per KV head")
     parser.add_argument("--warm", type=int, default=64, help="tokens before those that are timed, at least 2")
