@@ -61,16 +61,23 @@ def test_too_many_misses_pause_the_newest_until_they_are_few():
     admission.observe(0.4, 16)
     assert admission.choose(sixteen, more_coming=False) == list(range(14))
     for _ in range(CALM):
+        assert admission.choose(sixteen, more_coming=False) == list(range(14))
         admission.observe(0.2, 14)  # neither many nor few
     assert admission.bound == 14
     for _ in range(CALM):
+        admission.choose(sixteen, more_coming=False)
         admission.observe(0.05, 14, steady=False)  # others came and went, and all found their blocks
     assert admission.choose(sixteen, more_coming=False) == list(range(15))
     admission.observe(0.9, 1)
     admission.observe(0.9, 12, steady=False)  # those that have just joined miss much
     assert admission.bound == 15
-    assert admission.choose(sixteen[:15], more_coming=False) == list(range(15))
-    assert admission.bound == NO_BOUND  # it stopped nobody
+    admission.choose(sixteen, more_coming=False)
+    admission.observe(0.2, 15)
+    for _ in range(CALM):
+        assert admission.bound == 15
+        assert admission.choose(sixteen[:15], more_coming=False) == list(range(15))
+        admission.observe(0.2, 15)
+    assert admission.bound == NO_BOUND  # it stopped nobody for long
 
 
 def test_after_a_bad_window_many_small_ones_soon_decode_together():

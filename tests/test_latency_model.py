@@ -70,9 +70,7 @@ def test_the_clock_gives_each_batch_its_own_time(overlap):
     time = Time()
     clock, took, queue = StepClock(overlap, time), {DECODE: 1.0, PREFILL: 10.0, NOTHING: 3.0}, []
     kinds = [NOTHING, PREFILL, *[DECODE] * 9, PREFILL, *[DECODE] * 7, NOTHING, NOTHING]
-    for number, kind in enumerate(kinds):
-        if number == 8:
-            time.now += 100.0  # the server was paused
+    for kind in kinds:
         clock.tick()
         clock.launched(kind)
         queue.append(kind)
@@ -82,3 +80,21 @@ def test_the_clock_gives_each_batch_its_own_time(overlap):
     assert clock.step_seconds == pytest.approx(1.0) and clock.steps >= 10
     clock.restart()
     assert clock.steps == 0 and clock.step_seconds == 0.0 and clock.chunk_seconds == pytest.approx(10.0)
+
+
+def test_a_paused_server_makes_no_long_step_and_long_chunks_are_learnt():
+    time = Time()
+    clock = StepClock(False, time)
+
+    def iterations(kind: str, *seconds: float):
+        for took in seconds:
+            clock.tick()
+            clock.launched(kind)
+            time.now += took
+
+    iterations(DECODE, *[1.0] * 10)
+    clock.restart()
+    iterations(DECODE, 1.0, 500.0, *[1.0] * 20)
+    assert clock.step_seconds < 1.6
+    iterations(PREFILL, *[0.1] * 5, *[4.0] * 20)
+    assert clock.chunk_seconds == pytest.approx(4.0, rel=0.05)

@@ -41,7 +41,8 @@ class Admission:
         self.capacity, self.most_missed = capacity, most_missed
         self.group, self.patience = group, patience
         self.bound = NO_BOUND  # requests at once, after too many misses
-        self._calm = 0
+        self._calm = self._idle = 0  # windows: of few misses; in which the bound stopped nobody
+        self._stopped = False
         self._waited = 0
 
     def choose(self, candidates: Sequence[Candidate], more_coming: bool) -> list[int]:
@@ -51,8 +52,7 @@ class Admission:
             candidates: oldest first
             more_coming: whether another request may be prefilled soon, for which a group may wait
         """
-        if len(candidates) <= self.bound:
-            self.bound = NO_BOUND  # it stops nobody, and those that come later may be others
+        self._stopped |= len(candidates) > self.bound
         stay, join, total, fits = [], [], 0.0, True
         for row, one in enumerate(candidates):
             if one.ends:
@@ -79,6 +79,10 @@ class Admission:
             decoding: requests
             steady: whether the same requests decoded in it: those that just joined miss much, which tells nothing
         """
+        self._idle = 0 if self._stopped else self._idle + 1
+        self._stopped = False
+        if self._idle >= CALM:
+            self.bound = NO_BOUND  # those that come later may be others
         if missed > self.most_missed:
             if steady and decoding > 1:
                 self.bound, self._calm = decoding - max(decoding // 8, 1), 0

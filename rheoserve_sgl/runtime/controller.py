@@ -76,7 +76,7 @@ class Controller:
         return bool(self._owed)
 
     def _leaves_room(self, batch) -> bool:
-        """Whether a chunked prompt still fits after a step that begins a page for each request.
+        """Whether a chunked prompt still fits after a step of the running batch.
 
         SGLang takes one in when all of it fits, and fails if others have used its room before the last chunk.
         """
@@ -86,7 +86,7 @@ class Controller:
             return True
         left = len(prompt.full_untruncated_fill_ids) - len(prompt.prefix_indices)
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
-        return free - left >= page * (len(batch.reqs) + 1)
+        return free - left >= page + batch.new_tokens_required_next_decode()
 
     def prefilled(self):
         """A batch of a prefill is about to run."""
@@ -122,15 +122,16 @@ class Controller:
         objective = self._config.tpot_slo_ms
         if objective is None:
             return rows
-        kept, pages, selected = [], 0, 0
+        kept, pages, selected, within = [], 0, 0, True
         for row in rows:
             request = requests[row]
-            own = self._pages(request)
-            pages, selected = pages + own, selected + min(Transaction.of(request).limit, own)
-            load = self._load(len(kept) + 1, pages, selected)
-            if kept and request.to_finish is None and 1000 * self._coordinator.latency.predict(load) > objective:
-                continue  # but those behind it that were aborted may end
-            kept.append(row)
+            if within:
+                own = self._pages(request)
+                pages, selected = pages + own, selected + min(Transaction.of(request).limit, own)
+                load = self._load(len(kept) + 1, pages, selected)
+                within = not kept or 1000 * self._coordinator.latency.predict(load) <= objective
+            if within or request.to_finish is not None:  # what was aborted may end
+                kept.append(row)
         return kept
 
     def _pages(self, request) -> int:
@@ -173,9 +174,11 @@ class Controller:
                 one.measured = needs[request.req_pool_idx]
         before, self._counts = self._counts, (visited, selected)
         if selected > before[1]:
-            self._missed = (visited - before[0]) / (selected - before[1])
+            missed = (visited - before[0]) / (selected - before[1])
+            # Those that have just joined miss much for some steps, and would be sent away for it.
+            self._missed = missed if self._steady else min(self._missed, missed)
             if self.admission is not None:
-                self.admission.observe(self._missed, len(self._decoding), self._steady)
+                self.admission.observe(missed, len(self._decoding), self._steady)
             if step and self._steady:
                 self._learn_time(step, chunk)
         self._steady = True

@@ -5,7 +5,9 @@ from collections import deque
 
 DECODE, PREFILL, NOTHING = "decode", "prefill", "nothing"
 BLEND = 0.3  # of a new measurement of a chunk in the running mean
-FAR_OFF = 10  # times the mean: the loop was held up by something else, a paused server or new weights
+# An iteration counts as at most so many times the mean: the loop may be held up by something else, a paused server or
+# new weights.
+FAR_OFF = 10
 
 
 class StepClock:
@@ -20,11 +22,13 @@ class StepClock:
         self._lag, self._now = 2 if overlap else 1, now
         self._launched: deque[str] = deque(maxlen=self._lag)
         self._began = None
-        self.chunk_seconds = 0.0
+        self.chunk_seconds = self._usual = 0.0
+        self.steps, self.seconds = 0, 0.0
         self.restart()
 
     def restart(self):
         """Other requests decode from now on."""
+        self._usual = self.step_seconds or self._usual
         self.steps, self.seconds = 0, 0.0
         self._skip = self._lag
 
@@ -36,12 +40,12 @@ class StepClock:
             return
         took, mean = now - before, self.chunk_seconds
         if self._launched[0] == PREFILL:
-            if not mean or took < FAR_OFF * mean:
-                self.chunk_seconds = mean + BLEND * (took - mean) if mean else took
+            self.chunk_seconds = mean + BLEND * (min(took, FAR_OFF * mean) - mean) if mean else took
         elif self._skip:
             self._skip -= 1
-        elif PREFILL not in self._launched and not (self.steps and took > FAR_OFF * self.step_seconds):
-            self.steps, self.seconds = self.steps + 1, self.seconds + took
+        elif PREFILL not in self._launched:
+            usual = self.step_seconds or self._usual
+            self.steps, self.seconds = self.steps + 1, self.seconds + (min(took, FAR_OFF * usual) if usual else took)
 
     def launched(self, what: str):
         """The iteration launches a batch."""
