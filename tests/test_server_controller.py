@@ -55,6 +55,7 @@ def test_more_are_prefilled_than_decode_and_answers_are_dense(server, dense):
     after = server.settle()
     assert after["frames_used"] == after["host_pages_used"] == 0
     assert after["transactions"]["waiting"] == after["transactions"]["decoding"] == 0
+    assert after["transactions_waiting"] == after["transactions_decoding"] == after["working_set_pages"] == 0
 
 
 def test_a_waiting_request_can_be_aborted(server, dense):

@@ -92,6 +92,11 @@ class Controller:
         """A batch of a prefill is about to run."""
         self._owed = self._between
 
+    def rest(self):
+        """The last request has ended."""
+        self._decoding, self._steady = [], False
+        self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
+
     def prepare(self, batch):
         """Make a decode step of some or all requests of the running batch ready, instead of `prepare_for_decode`."""
         self._owed = max(self._owed - 1, 0)

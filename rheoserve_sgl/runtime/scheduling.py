@@ -12,9 +12,12 @@ def update_running_batch(original, scheduler, batch):
     # Hides the method for this call only: a mixed batch prepares its decodes itself.
     batch.prepare_for_decode = lambda: controller.prepare(batch)
     try:
-        return original(scheduler, batch)
+        left = original(scheduler, batch)
     finally:
         del batch.prepare_for_decode
+    if left.is_empty():
+        controller.rest()
+    return left
 
 
 def get_next_batch_to_run(original, scheduler, *args, **kwargs):
