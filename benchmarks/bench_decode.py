@@ -48,12 +48,22 @@ COUNTS = (
     *("host_attention_seconds", "exposed_wait_seconds"),
 )
 PROFILE_STEPS = 12
+# Of every server with these shapes: there are no weights and no tokenizer.
+DUMMY = [
+    *("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"),
+    *("--mem-fraction-static", "0.85", "--sampling-backend", "pytorch"),
+]
 SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
+
+
+def tokens_of(gigabytes: float) -> int:
+    """Tokens, in whole pages, whose KV takes so much memory."""
+    return int(gigabytes * 1e9 / TOKEN_BYTES) // 64 * 64
 
 
 def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
     """Flags and program of each system that was asked for."""
-    tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
+    tokens = tokens_of(args.device_gb)
     own = ["--page-size", "64", "--max-total-tokens", str(tokens)]
     host_gb = 1.02 * args.requests * (args.context + 2 * (args.warm + args.steps)) * TOKEN_BYTES / 1e9
     rheo = ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
@@ -156,14 +166,13 @@ def run(name: str, args, folder: Path) -> list[dict]:
     flags, program = systems(args)[name]
     flags = [
         *flags,
-        *("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"),
+        *DUMMY,
         *(
             "--context-length",
             str(args.context + 4 * (args.warm + args.steps)),
             "--cuda-graph-max-bs",
             str(args.requests),
         ),
-        *("--mem-fraction-static", "0.85", "--sampling-backend", "pytorch"),
     ]
     prompts = random_prompts(0, [args.context] * holds(name, args))
     rows = []
@@ -174,8 +183,9 @@ def run(name: str, args, folder: Path) -> list[dict]:
             rheo = "rheoserve" in flags
             row |= measure(server, prompts[:count], args, rheo)
             if rheo:  # of the last window of steps in which all of them decoded
-                row["predicted_ms"] = round(1000 * server.rheo()["predicted_step_seconds"], 2)
-                row["windows_ms"] = round(1000 * server.rheo()["measured_step_seconds"], 2)
+                told = server.rheo()
+                row["predicted_ms"] = round(1000 * told["predicted_step_seconds"], 2)
+                row["windows_ms"] = round(1000 * told["measured_step_seconds"], 2)
             if rheo and args.profile:
                 row |= profiled(server, prompts[:count], args, folder)
             print(row, flush=True)

@@ -20,12 +20,13 @@ import time
 from pathlib import Path
 
 import aiohttp
-import requests
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from bench_decode import QWEN3_8B, SYNTHETIC, TOKEN_BYTES
+from bench_decode import DUMMY, QWEN3_8B, SYNTHETIC, tokens_of
 from machine import describe_machine
 from serving import Server
+
+from rheoserve_sgl.runtime.telemetry import PREFIX
 
 SECONDS = 3600
 
@@ -103,7 +104,7 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
     load = draw_load(rate, args.seconds, args.prompt, args.answer, config["vocab_size"], args.seed)
     began = time.perf_counter()
     before = rheo_counts(server)
-    with Sampler(server.url) as samples:
+    with Sampler(server) as samples:
         ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
     first, each, gaps = ([one[name] for one in ended] for name in ("first", "each", "gap"))
     tokens = sum(tokens for _, _, tokens in load) if not late else None
@@ -143,19 +144,15 @@ class Sampler:
         *("predicted_step_seconds", "measured_step_seconds"),
     )
 
-    def __init__(self, url: str):
-        self._url, self._samples, self._stop = url, [], threading.Event()
+    def __init__(self, server: Server):
+        self._server, self._samples, self._stop = server, [], threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self):
         began = time.perf_counter()
         while not self._stop.wait(2):
-            values = {}
-            for line in requests.get(self._url + "/metrics", timeout=60).text.splitlines():
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0].removeprefix("sglang:rheoserve_")
-                if name in self.NAMES:
-                    values[name] = round(float(value), 5)
+            told = self._server.metrics()
+            values = {name: round(told[PREFIX + name], 5) for name in self.NAMES if PREFIX + name in told}
             if len(values) == len(self.NAMES):
                 self._samples.append({"at": round(time.perf_counter() - began, 1), **values})
 
@@ -180,10 +177,8 @@ def flags_of(system: str, args) -> tuple[list[str], list[str] | None]:
     if args.model:
         own = ["--attention-backend", args.peer] if system == "sglang" else ["--attention-backend", "rheoserve"]
         return [*context, *own, "--dtype", "auto", *(args.rheo.split() if system != "sglang" else [])], None
-    tokens = int(args.device_gb * 1e9 / TOKEN_BYTES) // 64 * 64
-    flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16", "--sampling-backend", "pytorch"]
-    flags += [*context, "--mem-fraction-static", "0.85"]
-    flags += ["--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
+    tokens = tokens_of(args.device_gb)
+    flags = [*DUMMY, *context, "--stream-interval", "8", "--cuda-graph-max-bs", str(args.most)]
     if system == "sglang":
         return [*flags, "--page-size", "64", "--max-total-tokens", str(tokens), "--attention-backend", args.peer], None
     flags += ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]

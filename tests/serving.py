@@ -2,10 +2,12 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,6 +129,14 @@ class Server:
         """RheoServe's part of /server_info."""
         return self.info()["internal_states"][0]["rheoserve"]
 
+    def metrics(self) -> dict[str, float]:
+        """Samples by name, summed over labels."""
+        samples = {}
+        for line in requests.get(self.url + "/metrics", timeout=60).text.splitlines():
+            if found := re.fullmatch(r"([a-zA-Z_:]+)(?:\{.*\})? (\S+)", line):
+                samples[found[1]] = samples.get(found[1], 0.0) + float(found[2])
+        return samples
+
     def flush(self):
         """flush_cache, which SGLang refuses (400) until the last request has left."""
         for _ in range(40):
@@ -139,6 +149,27 @@ class Server:
         """RheoServe's counts once nothing runs and nothing is cached."""
         self.flush()
         return self.rheo()
+
+
+class Watch:
+    """Reads a RheoServe server's transactions, again and again, while something runs."""
+
+    def __init__(self, server: Server, seconds: float = 0.05):
+        self.server, self.seconds = server, seconds
+        self.seen, self._stop = [], threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        while not self._stop.wait(self.seconds):
+            self.seen.append(self.server.rheo()["transactions"])
+
+    def __enter__(self) -> list[dict]:
+        self._thread.start()
+        return self.seen
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
 
 
 def random_prompts(seed: int, lengths) -> list[list[int]]:

@@ -3,11 +3,10 @@
 import asyncio
 import statistics
 import sys
-import threading
 from pathlib import Path
 
 import pytest
-from serving import rheo_server
+from serving import Watch, rheo_server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from bench_load import draw_load, percentile, send
@@ -22,18 +21,9 @@ MOST_SECONDS = 240
 def test_a_random_load_is_served_to_the_end(checkpoints, tmp_path):
     load = draw_load(rate=2.0, seconds=20, prompt=(200, 4000), answer=(10, 120), vocabulary=256, seed=3)
     assert len(load) > 20
-    seen, stop = [], threading.Event()
     with rheo_server(checkpoints.path(), FLAGS, tmp_path, STRICT) as server:
-
-        def watch():
-            while not stop.wait(0.2):
-                seen.append(server.rheo()["transactions"])
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        ended, late = asyncio.run(send(server.url, load, MOST_SECONDS))
-        stop.set()
-        watcher.join()
+        with Watch(server, seconds=0.2) as seen:
+            ended, late = asyncio.run(send(server.url, load, MOST_SECONDS))
         assert late == 0 and len(ended) == len(load)
         waits = [one["waited_seconds"] for now in seen for one in now["prefilled"]]
         first = [one["first"] for one in ended]

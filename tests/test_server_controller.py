@@ -6,7 +6,7 @@ import time
 
 import pytest
 import requests
-from serving import Server, random_prompts, rheo_server
+from serving import Server, Watch, random_prompts, rheo_server
 
 pytestmark = pytest.mark.server
 # The budget covers every prompt, so that answers are dense; the frames hold the working sets of two or three.
@@ -19,26 +19,6 @@ LENGTHS = [900, 65, 1400, 128, 700, 30, 1000, 640]
 def server(checkpoints, tmp_path_factory):
     with rheo_server(checkpoints.path(), FLAGS, tmp_path_factory.mktemp("controller"), STRICT) as server:
         yield server
-
-
-class Watch:
-    """Reads transactions while something runs."""
-
-    def __init__(self, server):
-        self.server, self.seen, self._stop = server, [], threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self):
-        while not self._stop.wait(0.05):
-            self.seen.append(self.server.rheo()["transactions"])
-
-    def __enter__(self):
-        self._thread.start()
-        return self.seen
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
 
 
 def test_more_are_prefilled_than_decode_and_answers_are_dense(server, dense):

@@ -15,6 +15,7 @@ REFUSED = {
     "--enable-hierarchical-cache": "--enable-hierarchical-cache is True",
     "--enable-hisparse": "--enable-hisparse is True",
     "--kv-cache-dtype fp8_e5m2": "--kv-cache-dtype is 'fp8_e5m2'.*auto",
+    "--tp-size 2 --dp-size 2 --enable-dp-attention": "--enable-dp-attention is True.*--tp-size",
     "--pp-size 2": "--pp-size is 2.*--tp-size",
     "--speculative-algorithm NGRAM": "--speculative-algorithm is 'NGRAM'",
     "--prefill-attention-backend torch_native": "--prefill-attention-backend is 'torch_native'",

@@ -15,20 +15,11 @@ MONITORING = Path(__file__).parents[1] / "docs" / "monitoring"
 ON_A_GPU = {"host_attention_seconds", "exposed_wait_seconds"}
 
 
-def metrics(server) -> dict[str, float]:
-    """Samples by name, summed over labels."""
-    samples = {}
-    for line in requests.get(server.url + "/metrics", timeout=60).text.splitlines():
-        if found := re.fullmatch(r"([a-zA-Z_:]+)(?:\{.*\})? (\S+)", line):
-            samples[found[1]] = samples.get(found[1], 0.0) + float(found[2])
-    return samples
-
-
 def test_counters_grow_with_the_work_and_agree_with_server_info(full):
     full.generate(random_prompts(1, [1500]), 9)
-    before, told_before = metrics(full), full.rheo()
+    before, told_before = full.metrics(), full.rheo()
     full.generate(random_prompts(2, [1500, 300]), 40)
-    after, told = metrics(full), full.rheo()
+    after, told = full.metrics(), full.rheo()
 
     def grown(name):
         return after[f"{PREFIX}{name}_total"] - before[f"{PREFIX}{name}_total"]
@@ -83,7 +74,7 @@ def test_refused_requests_are_counted_by_reasons_that_no_client_can_invent(full)
 def test_the_dashboard_asks_for_metrics_that_exist(full):
     full.generate(random_prompts(5, [10]), 9)
     refuse(full, {"report": "yes"})
-    there = set(metrics(full)) | {f"{PREFIX}{name}_total" for name in ON_A_GPU}
+    there = set(full.metrics()) | {f"{PREFIX}{name}_total" for name in ON_A_GPU}
     panels = json.loads((MONITORING / "dashboards" / "rheoserve.json").read_text())["panels"]
     assert len(panels) >= 6
     for panel in panels:

@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import torch
 from rheoserve_sgl.cache.host_memory import zeroed
 from rheoserve_sgl.doctor.finding import Finding, find
 from rheoserve_sgl.ops.extension import extension
+from rheoserve_sgl.ops.gpu.timing import fastest
 from rheoserve_sgl.ops.workers import cpu_variant, self_test, usable_threads, worker_pool
 from rheoserve_sgl.runtime.memory import free_host_bytes
 
@@ -116,15 +118,7 @@ def pcie() -> Finding:
     device = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     rates = {}
     for way, source, target in (("to the GPU", host, device), ("back", device, host)):
-        times = []
-        for _ in range(4):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source, non_blocking=True)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        rates[way] = COPIED / min(times)
+        rates[way] = COPIED / fastest(partial(target.copy_, source, non_blocking=True))
     text = ", ".join(f"{rate / GB:.1f} GB/s {way}" for way, rate in rates.items())
     if min(rates.values()) < PCIE_SLOW:
         return Finding("PCIe", text, "note", "slow for a GPU of today; see that it has all its lanes")

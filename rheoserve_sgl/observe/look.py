@@ -6,7 +6,7 @@ import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.observe import question
-from rheoserve_sgl.runtime.transaction import Transaction
+from rheoserve_sgl.runtime.transaction import Transaction, requests_by_state
 
 logger = logging.getLogger(__name__)
 COLUMNS = 256  # of a map, at most: longer sequences have several blocks to a column
@@ -29,7 +29,9 @@ def answer(field: str | None, scheduler) -> dict | None:
 def gather(scheduler, rid: str, layer: int, head: int) -> dict:
     """All requests, and the chosen one's map."""
     states = requests_by_state(scheduler)
-    chosen = next((request for state, request in states if request.rid == rid and state != "queued"), None)
+    chosen = next(
+        (request for state, request in states if request.rid == rid and request.req_pool_idx is not None), None
+    )
     pool: TwoTierKVPool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     return {
         "requests": [describe(state, request) for state, request in states[:MOST_REQUESTS]],
@@ -37,21 +39,6 @@ def gather(scheduler, rid: str, layer: int, head: int) -> dict:
         "heads": pool.head_num,
         "map": None if chosen is None else block_map(scheduler, pool, chosen, layer, head),
     }
-
-
-def requests_by_state(scheduler) -> list[tuple[str, object]]:
-    """(state, SGLang's Req) of every request: "decoding", "waiting" (prefilled), "prefilling" or "queued"."""
-    found: dict[str, tuple[str, object]] = {}
-    batches = (scheduler.running_batch, scheduler.last_batch)
-    held = [request for batch in batches if batch is not None for request in batch.reqs]
-    if scheduler.chunked_req is not None:
-        held.append(scheduler.chunked_req)
-    for request in held:
-        if not request.finished() and request.req_pool_idx is not None:
-            found[request.rid] = (Transaction.of(request).state if request.output_ids else "prefilling", request)
-    for request in scheduler.waiting_queue:
-        found.setdefault(request.rid, ("queued", request))
-    return list(found.values())
 
 
 def describe(state: str, request) -> dict:

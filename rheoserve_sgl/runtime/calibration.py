@@ -1,16 +1,17 @@
-"""The rates that a latency model starts from, measured when a server starts: a few tenths of a second."""
+"""The rates that a latency model starts from, measured when a server starts."""
 
 import logging
 import time
 
 import torch
-from sglang.srt.distributed import get_world_group
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.ops.attention import attend_cpu
+from rheoserve_sgl.ops.gpu.timing import fastest
 from rheoserve_sgl.ops.plan import Visit
 from rheoserve_sgl.runtime.latency_model import LatencyModel, Rates
+from rheoserve_sgl.runtime.ranks import smallest
 
 logger = logging.getLogger(__name__)
 READ_BYTES = 128 << 20
@@ -31,23 +32,13 @@ def calibrate(pool: TwoTierKVPool, model: torch.nn.Module, group: int) -> Latenc
         pool.threads,
         pool.frames.layers[0] if pool.importance.is_cuda else None,
     )
-    device, host, least = agree([rates.device, rates.host, -float(weights)])
+    device, host, least = smallest([rates.device, rates.host, -float(weights)])
     rates, weights = Rates(device, host, rates.beside), int(-least)
     logger.info(
         "RheoServe: the device reads %.0f GB/s, the CPU's attention %.1f GB/s; weights %.2f GB",
         *(value / 1e9 for value in (rates.device, rates.host, weights)),
     )
     return LatencyModel(rates, weights)
-
-
-def agree(values: list[float]) -> list[float]:
-    """The smallest over all ranks."""
-    world = get_world_group()
-    if world.world_size == 1:
-        return values
-    shared = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
-    return shared.tolist()
 
 
 def measure_rates(host: torch.Tensor, kv_heads: int, group: int, threads: int, frames: torch.Tensor | None) -> Rates:
@@ -64,15 +55,7 @@ def measure_rates(host: torch.Tensor, kv_heads: int, group: int, threads: int, f
 def device_rate(memory: torch.Tensor) -> float:
     """Bytes a second that a copy within a GPU's memory reads and writes."""
     flat = memory.view(-1)[: READ_BYTES // memory.element_size()]
-    times = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        flat.clone()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return 2 * flat.nbytes / min(times[1:])
+    return 2 * flat.nbytes / fastest(flat.clone)
 
 
 def host_rate(blocks: torch.Tensor, kv_heads: int, group: int, threads: int) -> float:

@@ -18,6 +18,7 @@ from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.workers import usable_threads
 from rheoserve_sgl.refusals import model_shape
 from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
+from rheoserve_sgl.runtime.ranks import smallest
 from rheoserve_sgl.server_args import selects_rheoserve
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
     sizes = size_tiers(
         config,
         token_bytes=_token_bytes(configurator),
-        free_bytes=_agree(free_host_bytes() // world.world_size),
+        # The same for all ranks, so that their page tables stay alike.
+        free_bytes=int(*smallest([free_host_bytes() // world.world_size])),
         profiled_tokens=None if on_cpu else resolved.max_total_num_tokens,
         max_total_tokens=get_schedule().max_total_tokens,
     )
@@ -124,13 +126,3 @@ def _token_bytes(configurator) -> int:
     return (
         2 * heads * model.head_dim * configurator.layer_info.num_effective_layers * configurator.kv_cache_dtype.itemsize
     )
-
-
-def _agree(value: int) -> int:
-    """The smallest value over all ranks, so that their page tables stay alike."""
-    world = get_world_group()
-    if world.world_size == 1:
-        return value
-    shared = torch.tensor(value, dtype=torch.int64)
-    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=world.cpu_group)
-    return int(shared)

@@ -7,11 +7,10 @@ run between the batches of a prefill, and of the prefilled requests those decode
 
 import math
 
-import torch
-
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
+from rheoserve_sgl.runtime.ranks import largest
 from rheoserve_sgl.runtime.slots import Slots, divisible
 from rheoserve_sgl.runtime.step_clock import StepClock
 from rheoserve_sgl.runtime.transaction import Transaction
@@ -172,7 +171,9 @@ class Controller:
         self._measured = sets.measured
         clock = self.clock
         found = [*found, clock.step_seconds if clock.steps >= TIMED_STEPS else 0.0, clock.chunk_seconds]
-        *needs, visited, selected, step, chunk = found if ranks == 1 else self._agree(found)
+        if ranks > 1:  # each has other KV heads; they come here at the same step
+            found = largest(found, self._scheduler.tp_cpu_group)
+        *needs, visited, selected, step, chunk = found
         for request in self._decoding:
             one = Transaction.of(request)
             if one.steps >= LEARNING_STEPS and request.req_pool_idx is not None:
@@ -202,12 +203,6 @@ class Controller:
             # A token takes its step and its part of the chunk before it.
             spare = max(objective / 1000 - step, 1e-9)
             self._between = min(max(math.ceil(chunk / spare), self._config.decode_interleave), MOST_BETWEEN)
-
-    def _agree(self, values: list[float]) -> list[float]:
-        """The largest of all ranks: each has other KV heads. They come here at the same step."""
-        shared = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self._scheduler.tp_cpu_group)
-        return shared.tolist()
 
     def _turn(self, request, one: Transaction):
         """Tell the coordinator of a request that begins to wait, or ceases to."""

@@ -20,6 +20,7 @@ class Slots:
         self.part = None
         self._ready = None
         self._members: list = []  # of the whole batch, when `_steps` was made
+        self._rows: list[int] = []  # of it, likewise
         self._steps: tuple[torch.Tensor, ...] = ()
 
     def prepare_whole(self, batch):

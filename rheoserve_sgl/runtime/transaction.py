@@ -4,8 +4,9 @@ It lives on SGLang's Req, so that it goes where the request goes: into a retract
 """
 
 import time
+from collections import Counter
 
-STATES = ("registered", "prefilling", "waiting", "decoding")
+STATES = ("decoding", "waiting", "prefilling", "registered")
 
 
 class Transaction:
@@ -60,6 +61,22 @@ def leave(request):
         one.steps, one.measured = 0, 0.0
 
 
+def requests_by_state(scheduler) -> list[tuple[str, object]]:
+    """(state, SGLang's Req) of every request of a Scheduler, by STATES: what was prefilled first, then what is being
+    prefilled, then what waits for that."""
+    running = [request for request in scheduler.running_batch.reqs if not request.finished()]
+    last = scheduler.last_batch
+    prefilling = list(last.reqs) if last is not None and last.forward_mode.is_extend() else []
+    if scheduler.chunked_req is not None:
+        prefilling.append(scheduler.chunked_req)
+    prefilling = dict.fromkeys(one for one in prefilling if one not in running and not one.finished())
+    return [
+        *((Transaction.of(request).state, request) for request in running),
+        *(("prefilling", request) for request in prefilling),
+        *(("registered", request) for request in scheduler.waiting_queue),
+    ]
+
+
 def describe(scheduler, most: int = 100) -> dict:
     """Transactions by state, and the prefilled ones one by one, for `/server_info`.
 
@@ -67,18 +84,9 @@ def describe(scheduler, most: int = 100) -> dict:
         scheduler: SGLang's Scheduler
         most: that are listed
     """
-    chunked = scheduler.chunked_req
-    running = [request for request in scheduler.running_batch.reqs if not request.finished()]
-    known = [(request, Transaction.of(request)) for request in running]
-    prefilling = {chunked} if chunked is not None else set()
-    last = scheduler.last_batch
-    if last is not None and last.forward_mode.is_extend():
-        prefilling |= {request for request in last.reqs if request not in running and not request.finished()}
-    counts = {
-        "registered": len(scheduler.waiting_queue),
-        "prefilling": len(prefilling),
-        **{state: sum(one.state == state for _, one in known) for state in ("waiting", "decoding")},
-    }
+    found = requests_by_state(scheduler)
+    counts = Counter(state for state, _ in found)
+    prefilled = [(request, Transaction.of(request)) for state, request in found if state in ("decoding", "waiting")]
     listed = [
         {
             "rid": request.rid,
@@ -89,6 +97,6 @@ def describe(scheduler, most: int = 100) -> dict:
             "waited_seconds": round(one.waiting_seconds(), 3),
             "pauses": one.pauses,
         }
-        for request, one in known[:most]
+        for request, one in prefilled[:most]
     ]
-    return {**counts, "prefilled": listed}
+    return {**{state: counts[state] for state in STATES}, "prefilled": listed}
