@@ -132,8 +132,8 @@ class Case:
 
 
 def asking() -> dict[str, float]:
-    """Microseconds of a question with nothing to visit: what it adds to `plan` and `merge` in a row, and with other
-    work of some 20 us between the two."""
+    """Microseconds of a question with nothing to visit: what it adds to `plan`, `attend` and `merge` in a row, and with
+    other work of some 20 us before `merge`."""
     pairs = (1, KV_HEADS)
     exchange = Exchange.make(*pairs, GROUP, DIM, 8, pin=True)
     exchange.batch[0] = 1
@@ -145,6 +145,7 @@ def asking() -> dict[str, float]:
     frame_of = torch.zeros(8, KV_HEADS, dtype=torch.int32, device="cuda")
     q, lse = torch.zeros(*pairs, GROUP, DIM, device="cuda"), torch.zeros(*pairs, GROUP, device="cuda")
     split = SplitRoom(KV_HEADS, GROUP, DIM, "cuda").split(KV_HEADS)
+    frames = torch.zeros(1, 2, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
     a = torch.randn(1024, 2048, dtype=torch.bfloat16, device="cuda")
     rule = Rule(Select.ALL, 1, 1)
 
@@ -153,6 +154,7 @@ def asking() -> dict[str, float]:
             plan_gpu(
                 rule, q, tables, None, frame_of, lse, lse, totals, exchange, visit, visited, totals, asker
             )  # fmt: skip
+            attend_split(q, frames, visit, split, DIM**-0.5, asker)
             for _ in range(between):
                 a.mul_(1.0)
             merge_parts(visit, split, q, lse, (visited, exchange.out, exchange.lse), asker)

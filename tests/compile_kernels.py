@@ -42,7 +42,7 @@ class Bell:
     """What an Asker has."""
 
     layers, limit = LAYERS, 10**9
-    asked = answered = counter = arrived = rung = seen = lost = report = waited = torch.zeros(1, dtype=torch.int64)
+    asked = answered = counter = asks = rung = seen = lost = report = waited = torch.zeros(1, dtype=torch.int64)
 
 
 def compile_instead(launch):
@@ -68,6 +68,8 @@ def launch_all(dtype: torch.dtype, dim: int):
     scratch = tables.Scratch.make(*pairs, GROUP, PAGES, "cpu")
     score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), step, scratch, 0.1, "range")
     score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim), step, scratch, 0.1, "dot")
+    short = q.to(torch.bfloat16)  # tensor cores
+    score.score_tiles(short, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim, dtype=short.dtype), step, scratch, 0.1, "range")
     exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
     visit = Visit(*(torch.zeros_like(tensor) for tensor in vars(exchange.visit).values()))
     budgets, totals = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(SLOTS, 3, dtype=torch.int64)
@@ -87,7 +89,8 @@ def launch_all(dtype: torch.dtype, dim: int):
     move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
-    attend.attend_split(q, frames, visit, split, 0.1)
+    for asker in (None, Bell()):
+        attend.attend_split(q, frames, visit, split, 0.1, asker)
     answer = (exchange.visit.count, exchange.out, exchange.lse)
     for asker in (None, Bell()):
         out, lse = torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP)
@@ -100,7 +103,11 @@ def launch_all(dtype: torch.dtype, dim: int):
 
 
 def main():
-    driver.set_active(Elsewhere(int(sys.argv[1])))
+    capability = int(sys.argv[1])
+    driver.set_active(Elsewhere(capability))
+    if capability >= 90:
+        for module in (append, attend, gate, plan, score):
+            module.early = lambda device: {"EARLY": True, "launch_pdl": True}
     JITFunction.run = compile_instead(JITFunction.run)
     for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80)):
         launch_all(dtype, dim)

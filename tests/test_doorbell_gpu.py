@@ -1,4 +1,4 @@
-"""A GPU asks the CPU in the middle of a CUDA graph: `plan_gpu` rings, `merge_parts` waits."""
+"""A GPU asks the CPU in the middle of a CUDA graph: `plan_gpu` writes, `attend_split` rings, `merge_parts` waits."""
 
 import time
 
@@ -36,10 +36,11 @@ class Asking:
         self.out = torch.zeros(LAYERS, BATCH, KV_HEADS, GROUP, DIM, device="cuda")
         self.lse = torch.zeros(BATCH, KV_HEADS, GROUP, device="cuda")
         self.frame_of = torch.full((ALL_PAGES, KV_HEADS), -1, dtype=torch.int32, device="cuda")
+        self.frames = torch.zeros(1, 2, 64, DIM, dtype=torch.bfloat16, device="cuda")
         self.nothing = torch.zeros((BATCH, 3), dtype=torch.int64, device="cuda")
 
     def layer(self, layer: int):
-        from rheoserve_sgl.ops.gpu.attend import merge_parts
+        from rheoserve_sgl.ops.gpu.attend import attend_split, merge_parts
         from rheoserve_sgl.ops.gpu.plan import plan_gpu
         from rheoserve_sgl.ops.plan import Rule, Select
 
@@ -47,6 +48,7 @@ class Asking:
             Rule(Select.ALL, 1, 1), self.q[layer], self.tables, None, self.frame_of, self.lse, self.lse, self.nothing,
             self.exchange, self.visit, self.visited, self.nothing, self.asker,
         )  # fmt: skip
+        attend_split(self.q[layer], self.frames, self.visit, self.split, DIM**-0.5, self.asker)
         answer = (self.visited, self.exchange.out, self.exchange.lse)
         merge_parts(self.visit, self.split, self.out[layer], self.lse, answer, self.asker)
 

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.append import check_rows
+from rheoserve_sgl.ops.gpu.early import early, start
 
 KEYS = {"none": 0, "max_min": 1, "mean": 2}
 
@@ -14,8 +15,9 @@ KEYS = {"none": 0, "max_min": 1, "mean": 2}
 @triton.jit
 def _append(
     host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
-    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     at = tl.load(loc + token)
@@ -65,4 +67,5 @@ def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"
     _append[(tokens, kv_heads)](
         host, frames, frame_of, loc, k, v, frames if quick is None else quick, k.stride(0), v.stride(0), kv_heads,
         KEYS=KEYS[keys], DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
+        **early(k.device),
     )  # fmt: skip

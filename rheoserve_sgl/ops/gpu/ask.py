@@ -1,7 +1,7 @@
 """The GPU's side of the doorbell: what kernels need to ask the CPU and to wait for it, with a bound.
 
-`plan_gpu` asks when its last program ends, `merge_parts` waits; both can be captured in a CUDA graph, and each replay
-asks the next number.
+`plan_gpu` writes the question, `attend_split` rings before it attends, so that no kernel waits for PCIe, and
+`merge_parts` waits for the answer; all can be captured in a CUDA graph, and each replay asks the next number.
 """
 
 import torch
@@ -50,6 +50,17 @@ def nanoseconds(address):
     )
 
 
+@triton.jit
+def ring(counter, asks, rung, bell, layers):
+    """Number the question that the kernel in front has written; ring if any of its programs asks, or a step ends."""
+    asked = tl.atomic_xchg(asks, 0, sem="relaxed") > 0
+    # An atomic gives all threads one number; loading and storing it would not.
+    number = tl.atomic_add(counter, 1, sem="relaxed") + 1
+    tl.store(rung, tl.where(asked, number, 0))
+    if asked | (number % layers == 0):
+        store_release(bell.to(tl.int64), number)
+
+
 class Asker:
     """Where the kernels find the bell, and what they share.
 
@@ -59,7 +70,7 @@ class Asker:
         layers: questions of a step
 
     counter: `[1]` int64, number of the last question
-    arrived: `[1]` int64, programs of a plan that have ended; above 32 bits, those that ask
+    asks: `[1]` int64, programs of a plan that ask
     rung: `[1]` int64, the last question's number, 0 if it asks nothing
     seen: `[1]` int64, number of the last question that was waited for
     lost: `[1]` int64, number of the first question that was not answered in time; 0: none
@@ -73,7 +84,7 @@ class Asker:
         self.asked, self.answered = exchange.bell[0], exchange.bell[1]
         self.limit, self.layers = int(seconds * 1e9), layers
         self.counter = exchange.bell[1, :1].clone().cuda()  # on from the last answer
-        self.arrived, self.rung = torch.zeros((2, 1), dtype=torch.int64, device="cuda")
+        self.asks, self.rung = torch.zeros((2, 1), dtype=torch.int64, device="cuda")
         self.seen = self.counter.clone()
         self.lost = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.waited = torch.zeros(1, dtype=torch.int64, device="cuda")

@@ -6,15 +6,20 @@
 import triton
 import triton.language as tl
 
+from rheoserve_sgl.ops.gpu.early import early, start
+
 PAGES = 32  # of a tile
 KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by both signs of a query
+ROWS = 16  # the smallest tile of tl.dot
 
 
 @triton.jit
 def _score(
     q, quick, pages, n_pages, quiet, logits, tile_max, tile_sum, scale, kv_heads, heads, max_pages, tiles,
-    DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    start(EARLY)
     pair = tl.program_id(0)
     tile = tl.program_id(1)
     row = pair // kv_heads
@@ -27,22 +32,41 @@ def _score(
         width = 2 * DIM if RANGE else DIM
         key = quick + (page * kv_heads + pair % kv_heads)[:, None] * width + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]
-        first = tl.load(key, mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(key, mask=inside, other=0.0)
         if RANGE:
-            second = tl.load(key + DIM, mask=inside, other=0.0).to(tl.float32)
-        # A page is read once for all heads; a group is too small for the tiles of tl.dot.
-        for head in range(heads):
-            out = (pair * heads + head).to(tl.int64)
-            query = tl.load(q + out * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)[None, :]
+            second = tl.load(key + DIM, mask=inside, other=0.0)
+        if HEADS > 0:  # all heads at once, on tensor cores; products of 16-bit numbers are exact
+            head = tl.arange(0, HEADS)
+            used = (head < heads)[:, None] & (dim < DIM)[None, :]
+            query = tl.load(q + (pair * heads + head).to(tl.int64)[:, None] * DIM + dim[None, :], mask=used, other=0.0)
             if RANGE:
-                found = tl.sum(tl.maximum(query, 0.0) * first + tl.minimum(query, 0.0) * second, 1)
+                found = tl.dot(tl.maximum(query, 0.0).to(first.dtype), tl.trans(first))
+                found = tl.dot(tl.minimum(query, 0.0).to(second.dtype), tl.trans(second), found)
             else:
-                found = tl.sum(query * first, 1)
-            found = tl.where(valid, found * scale, float("-inf"))
-            top = tl.max(found, 0)
-            tl.store(logits + out * max_pages + at, found, mask=valid)
-            tl.store(tile_max + out * tiles + tile, top)
-            tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top), 0))
+                found = tl.dot(query, tl.trans(first))
+            found = tl.where(valid[None, :], found * scale, float("-inf"))
+            top = tl.max(found, 1)
+            out = (pair * heads + head).to(tl.int64)
+            mine = head < heads
+            tl.store(logits + out[:, None] * max_pages + at[None, :], found, mask=mine[:, None] & valid[None, :])
+            tl.store(tile_max + out * tiles + tile, top, mask=mine)
+            tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top[:, None]), 1), mask=mine)
+        else:
+            first = first.to(tl.float32)
+            if RANGE:
+                second = second.to(tl.float32)
+            for head in range(heads):  # a page is read once for all of them
+                out = (pair * heads + head).to(tl.int64)
+                query = tl.load(q + out * DIM + dim, mask=dim < DIM, other=0.0).to(tl.float32)[None, :]
+                if RANGE:
+                    found = tl.sum(tl.maximum(query, 0.0) * first + tl.minimum(query, 0.0) * second, 1)
+                else:
+                    found = tl.sum(query * first, 1)
+                found = tl.where(valid, found * scale, float("-inf"))
+                top = tl.max(found, 0)
+                tl.store(logits + out * max_pages + at, found, mask=valid)
+                tl.store(tile_max + out * tiles + tile, top)
+                tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top), 0))
 
 
 def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
@@ -55,8 +79,10 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     batch, kv_heads, heads, dim = q.shape
     max_pages = tables.pages.shape[1]
     tiles = triton.cdiv(max_pages, PAGES)
+    tensor_cores = 1 < heads <= ROWS and q.dtype == quick.dtype and q.dtype.itemsize == 2
     _score[(batch * kv_heads, tiles)](
         q, quick, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
         kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
+        HEADS=ROWS if tensor_cores else 0, num_warps=2, **early(q.device),
     )  # fmt: skip

@@ -96,7 +96,7 @@ class GpuStep:
             self.visited[:batch], self.totals, self.asker, pool.arrived[index : index + 1],
         )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], visit, split, scale)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale, self.asker)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)

@@ -1,0 +1,27 @@
+"""Kernels that are launched before the one in front of them has ended, so that starting them costs no time.
+
+CUDA's programmatic dependent launch, from compute capability 9.0 on. A kernel calls `start` before it reads anything,
+and is launched with `**early(device)`.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def start(EARLY: tl.constexpr):
+    """Wait for the kernel in front, and let the next one be launched."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@cache
+def early(device: torch.device) -> dict:
+    """Launch options of a kernel on a device."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
