@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rheoserve_sgl.runtime.admission import CALM, NO_BOUND, SLACK, Admission, Candidate
+from rheoserve_sgl.runtime.admission import CALM, FORGETS, NO_BOUND, SLACK, Admission, Candidate
 
 CANDIDATES = st.lists(
     st.builds(Candidate, need=st.floats(0, 300), decodes=st.booleans(), ends=st.booleans()), min_size=1, max_size=12
@@ -58,7 +58,9 @@ def test_a_group_joins_together_but_waits_no_longer_than_its_patience():
 def test_too_many_misses_pause_the_newest_until_they_are_few():
     admission = Admission(1000, 0.25)
     sixteen = decoding(*[10] * 16)
-    admission.observe(0.4, 16)
+    admission.observe(0.3, 16)
+    assert admission.choose(sixteen, more_coming=False) == list(range(16))  # one window tells nothing
+    admission.observe(0.3, 16)
     assert admission.choose(sixteen, more_coming=False) == list(range(14))
     for _ in range(CALM):
         assert admission.choose(sixteen, more_coming=False) == list(range(14))
@@ -68,26 +70,51 @@ def test_too_many_misses_pause_the_newest_until_they_are_few():
         admission.choose(sixteen, more_coming=False)
         admission.observe(0.05, 14, steady=False)  # others came and went, and all found their blocks
     assert admission.choose(sixteen, more_coming=False) == list(range(15))
-    admission.observe(0.9, 1)
-    admission.observe(0.9, 12, steady=False)  # those that have just joined miss much
+    for _ in range(3):
+        admission.observe(0.9, 1)
+        admission.observe(0.9, 12, steady=False)  # those that have just joined miss much
     assert admission.bound == 15
     admission.choose(sixteen, more_coming=False)
     admission.observe(0.2, 15)
-    for _ in range(CALM):
+    for _ in range(FORGETS):
         assert admission.bound == 15
         assert admission.choose(sixteen[:15], more_coming=False) == list(range(15))
         admission.observe(0.2, 15)
     assert admission.bound == NO_BOUND  # it stopped nobody for long
 
 
-def test_after_a_bad_window_many_small_ones_soon_decode_together():
+@pytest.mark.parametrize("windows", [(0.9, 0.6, 0.3, 0.1), (0.5, 0.39, 0.31, 0.24), (0.9, 0.2, 0.9, 0.1)])
+def test_blocks_that_are_on_their_way_send_nobody_away(windows):
+    """A whole batch that joins at once finds nothing in frames; they fill over the first windows."""
+    admission = Admission(1000, 0.25)
+    admission.observe(1.0, 12, steady=False)
+    for missed in windows:
+        admission.observe(missed, 12)
+    assert admission.bound == NO_BOUND
+
+
+def test_a_load_that_thrashes_is_cut_to_what_found_frames_at_once():
+    admission = Admission(10_000, 0.25)
+    for missed in (0.85, 0.8):
+        admission.observe(missed, 24)
+    assert admission.bound == 7
+    windows = 0
+    while admission.bound < 22:  # back to just below what was too much, by halves and then by eighths
+        admission.choose(decoding(*[10] * 24), more_coming=False)
+        admission.observe(0.0, admission.bound, steady=False)
+        windows += 1
+    assert windows <= 6 * CALM
+
+
+def test_after_bad_windows_many_small_ones_soon_decode_together():
     admission, small, windows = Admission(1000, 0.25), decoding(*[10] * 64), 0
-    admission.observe(0.5, 2)
+    for _ in range(2):
+        admission.observe(0.5, 2)
     assert len(admission.choose(small, more_coming=False)) == 1
     while len(admission.choose(small, more_coming=False)) < 32:
         admission.observe(0.0, admission.bound, steady=False)
         windows += 1
-    assert windows <= 22 * CALM
+    assert windows <= 10 * CALM
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 64)), max_size=60))

@@ -5,11 +5,14 @@ frames, nearly all that is selected is resident; beyond that every request added
 Source of the idea: SparseServe's working-set-aware batch size control (arXiv 2509.24626).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 SLACK = 1.1  # of the frames: what decodes already may grow by this before one has to pause
-CALM = 8  # windows without too many misses until one request more is tried
+CALM = 4  # windows without too many misses until more requests are tried
+FORGETS = 8  # windows in which a bound stopped nobody until it is no more
+EASES = 0.8  # of the misses of the window before: with fewer, blocks are still on their way
 NO_BOUND = 1 << 30
 
 
@@ -41,6 +44,8 @@ class Admission:
         self.capacity, self.most_missed = capacity, most_missed
         self.group, self.patience = group, patience
         self.bound = NO_BOUND  # requests at once, after too many misses
+        self._too_many = NO_BOUND  # requests at once that missed too much
+        self._before = 2.0  # share missed in the window before; more than any, if others decoded in it
         self._calm = self._idle = 0  # windows: of few misses; in which the bound stopped nobody
         self._stopped = False
         self._waited = 0
@@ -81,12 +86,25 @@ class Admission:
         """
         self._idle = 0 if self._stopped else self._idle + 1
         self._stopped = False
-        if self._idle >= CALM:
-            self.bound = NO_BOUND  # those that come later may be others
+        if self._idle >= FORGETS:
+            self.bound = self._too_many = NO_BOUND  # those that come later may be others
+        # Requests that join find nothing in frames, and blocks come for some windows: these are too many only if that
+        # does not become better.
+        lasts = steady and self._before > self.most_missed and missed > EASES * self._before
+        self._before = missed if steady else 2.0
         if missed > self.most_missed:
-            if steady and decoding > 1:
-                self.bound, self._calm = decoding - max(decoding // 8, 1), 0
+            self._calm = 0
+            if lasts and decoding > 1:
+                self._too_many = decoding
+                fit = math.ceil(decoding * (1.0 - missed) / (1.0 - self.most_missed + 1e-9))  # by what found a frame
+                self.bound = max(min(fit, decoding - max(decoding // 8, 1)), 1)
+                self._before = 2.0
         elif self.bound < NO_BOUND and missed < self.most_missed / 2:
             self._calm += 1
             if self._calm >= CALM:
-                self.bound, self._calm = self.bound + max(self.bound // 8, 1), 0
+                if self.bound >= self._too_many:
+                    self._too_many = NO_BOUND  # no longer
+                more = max(self.bound // 2, 1)
+                if self.bound + more >= self._too_many:
+                    more = max(self.bound // 8, 1)
+                self.bound, self._calm = self.bound + more, 0
