@@ -116,7 +116,7 @@ def test_an_exchange_does_not_wait_for_the_gpu():
             torch.cuda.set_sync_debug_mode("error")  # after first uses
         try:
             if step == 10:
-                pool.coordinator.request_left(gone)
+                pool.coordinator.page_freed(gone)
             pool.coordinator.begin_decode(lambda: batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -89,9 +89,8 @@ class Coordinator:
         if self.pool.canary is not None:
             self.pool.canary.freed(pages)
 
-    def request_left(self, pages: torch.Tensor):
-        """A request left these pages; the radix tree may still hold them."""
-        self._freed.append(pages)
+    def request_left(self):
+        """A request ended or was sent back. What the radix tree keeps of it stays in frames while others need none."""
         self._changed = True
 
     def begins_to_wait(self, pages: torch.Tensor) -> Kept:
@@ -116,13 +115,24 @@ class Coordinator:
         """Other requests decode than before: frames are to be shared out anew."""
         self._changed = True
 
-    def begin_extend(self):
-        """Call before a prefill's first layer."""
+    def begin_extend(self, fresh: torch.Tensor):
+        """Call before a prefill's first layer.
+
+        Args:
+            fresh: `[n]` int64 pages that get their first tokens in it: they are written to frames as long as any are
+                free, so that what is prefilled need not come back over PCIe to be decoded
+        """
         self.settle()
         self._changed = True  # what is prefilled now decodes next
+        if self.lane is not None:
+            self._due |= self.lane.finish()
+        if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
+            residency = self.pool.residency
+            arriving = torch.zeros_like(residency.frame_of, dtype=torch.bool).index_fill_(1, fresh, True)
+            residency.admit(residency.reserve(arriving, len(fresh) * self.pool.head_num))
 
     def settle(self):
-        """Apply the waiting reports: a page that left its request holds no frames."""
+        """Apply the waiting reports: a page that nobody has holds no frames."""
         self._take_turns()
         if not self._freed:
             return
@@ -240,6 +250,7 @@ class Coordinator:
         shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
         wanted = wanted_blocks(worth, batch.pages, shares, pool.host.pages, pool.frame_count // pool.head_num)
         self.counts["exchanges"] += 1
+        wanted = pool.keep_idle(wanted, batch.pages)
         if self.lane is None:
             return pool.exchange(wanted, self._most)
         arriving = pool.let_go(wanted)

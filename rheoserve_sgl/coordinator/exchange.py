@@ -6,6 +6,7 @@ import torch
 # take turns in a frame.
 HYSTERESIS = 1.25
 BEHIND = 1e-6  # of what matters, what is behind it
+TINY = 1e-30  # of blocks that nobody has selected yet the resident ones stay
 # At most this much is copied at once, over all layers; the rest follows with the next exchange: before a step, beside
 # steps (40 ms over PCIe), and by a step's swaps (10 ms, about a step).
 BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
@@ -49,7 +50,7 @@ def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_
     """
     if ranks_by == "importance":
         worth, there = importance[:, pages], resident[:, pages]
-        stays, waits = worth * HYSTERESIS + least * BEHIND, worth.where(worth >= least, worth * BEHIND**2)
+        stays, waits = worth * HYSTERESIS + max(least * BEHIND, TINY), worth.where(worth >= least, worth * BEHIND**2)
         worth = torch.where(there, stays, waits)
     else:
         layers, _, kv_heads = importance.shape

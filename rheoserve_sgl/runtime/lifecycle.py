@@ -6,19 +6,13 @@ from rheoserve_sgl.runtime import request_report, transaction
 
 
 def request_left(req, tree_cache, is_insert=True):
-    """BEFORE `release_kv_cache`: finish, abort or retraction. The request's pages lose their frames.
-
-    The radix tree may keep the pages; they then live in the host store alone, until a request that
-    shares them decodes and the exchange brings back what matters.
-    """
+    """BEFORE `release_kv_cache`: finish, abort or retraction. Pages that are freed lose their frames (allocator.py)."""
     pool = tree_cache.token_to_kv_pool_allocator.get_kvcache()
     if not isinstance(pool, TwoTierKVPool) or req.req_pool_idx is None:
         return
     request_report.leave(req, pool.coordinator.attended)
     transaction.leave(req)
-    row = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx]
-    allocated = row[: req.kv.kv_allocated_len : pool.page_size]
-    pool.coordinator.request_left(allocated // pool.page_size)
+    pool.coordinator.request_left()
 
 
 def look_when_idle(scheduler):

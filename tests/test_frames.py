@@ -1,0 +1,112 @@
+"""Which blocks are in frames: after a prefill, over the life of a request, and when it has gone; and what a pool holds."""
+
+import pytest
+import torch
+from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
+
+from rheoserve_sgl.runtime.batch import Batch
+
+SLOTS, CONTEXT = 4, 64 * 8
+
+
+def stored_request(pool, pages: list[int], slot: int) -> Batch:
+    """A prompt of whole pages, prefilled into them."""
+    at = torch.tensor(pages)
+    pool.coordinator.begin_extend(at)
+    loc = (at[:, None] * 64 + torch.arange(64)).flatten()
+    for layer in range(LAYERS):
+        pool.write(layer, loc, *torch.randn(2, len(loc), HEADS, DIM))
+    table = torch.zeros(SLOTS, CONTEXT, dtype=torch.int32)
+    table[slot, : len(loc)] = loc.to(torch.int32)
+    return Batch.build(table, torch.tensor([slot]), torch.tensor([len(loc)]), len(loc), 1, 1)
+
+
+def resident(pool, pages) -> list[int]:
+    return [page for page in pages if bool((pool.residency.frame_of[:, page] >= 0).all())]
+
+
+def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_until_others_need_them():
+    pool, _ = make_pool(64 * 20, 64 * 6, exchange_interval=1000)
+    first = stored_request(pool, [1, 2, 3, 4], 0)
+    assert resident(pool, range(20)) == [1, 2, 3, 4] and int(pool.moved) == 0
+    for layer in range(LAYERS):
+        frames = pool.frames.layers[layer][pool.residency.frame_of[layer, 1:5].long()]
+        assert torch.equal(frames, pool.host.layers[layer][1:5])
+    pool.coordinator.begin_decode(lambda: first)
+    pool.coordinator.request_left()  # the radix tree keeps all of it
+    second = stored_request(pool, [7, 8, 9], 1)
+    assert resident(pool, range(20)) == [1, 2, 3, 4, 7, 8]
+    pool.coordinator.begin_decode(lambda: second)
+    assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]  # three are left for who does not decode
+    third = stored_request(pool, [10, 11, 12, 13, 14, 15, 16], 2)
+    assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]
+    pool.coordinator.begin_decode(lambda: third)
+    assert len(resident(pool, range(10, 17))) == 6 and not resident(pool, range(10))
+    pool.coordinator.page_freed(torch.arange(10, 17))
+    pool.coordinator.settle()
+    assert pool.residency.used == 0
+
+
+@pytest.mark.parametrize("mode", ["window", "retrieval"])
+def test_where_only_a_window_may_be_resident_a_prompt_gets_no_frames(mode):
+    pool, _ = make_pool(64 * 20, 64 * 6, mode=mode)
+    stored_request(pool, [1, 2, 3, 4], 0)
+    assert pool.residency.used == 0
+
+
+@pytest.mark.parametrize("length", [65, 64, 64 * 3 + 1, 64 * 7 + 1])
+def test_a_new_page_gets_frames_where_all_fit(length):
+    """Without waiting for the next exchange, and without another block giving its own."""
+    pool, _ = make_pool(64 * 20, 64 * 6, exchange_interval=1000)
+    table = torch.arange(64, 64 * 20, dtype=torch.int32)[None]
+    slot, lens = torch.tensor([0]), torch.tensor([length - 1])
+    pool.coordinator.begin_decode(lambda: Batch.build(table, slot, lens, length - 1, 1, 1), lens)
+    before = pool.residency.used
+    lens = torch.tensor([length])
+    pool.coordinator.begin_decode(lambda: Batch.build(table, slot, lens, length, 1, 1), lens)
+    fits = -(-length // 64) <= 6
+    assert pool.residency.used == before + (LAYERS * HEADS if length % 64 == 1 and fits else 0)
+
+
+def test_frames_are_counted_for_real():
+    """2048 device tokens are 32 frames for each KV head of a layer and not a byte of KV more, but for one
+    row a layer that takes writes meant for no frame."""
+    pool, _ = make_pool(64 * 1024, 2048)
+    frames = 2048 // 64 * HEADS
+    assert pool.residency.owner.shape == (LAYERS, frames)
+    for layer in pool.frames.layers:
+        assert layer.shape == (frames + 1, 2, 64, DIM)
+    assert pool.frames.nbytes == LAYERS * (frames + 1) * pool.block_bytes
+
+
+def test_quick_keys_do_not_depend_on_how_a_page_was_filled():
+    """Token by token (decode) and at once (prefill) give the same bits, for every gate."""
+    for selector in ("quest", "mean"):
+        pool, _ = make_pool(64 * 4, 64, selector=selector)
+        k, v = torch.randn(2, 64, HEADS, DIM)
+        pool.write(0, torch.arange(64, 128), k, v)
+        refresh_keys(pool, 0, torch.tensor([1]), torch.tensor([64]))
+        for i in range(64):
+            pool.write(0, torch.tensor([128 + i]), k[i : i + 1], v[i : i + 1])
+            refresh_keys(pool, 0, torch.tensor([2]), torch.tensor([i + 1]))
+        assert torch.equal(pool.quick.layers[0][1], pool.quick.layers[0][2])
+
+
+def test_cpu_copy_round_trip():
+    pool, allocator = make_pool(64 * 4, 64)
+    loc = allocator.alloc(64)
+    k, v = torch.randn(2, 64, HEADS, DIM)
+    for layer in range(LAYERS):
+        pool.write(layer, loc, k, v)
+    copy = pool.get_cpu_copy(loc[:40])
+    other = allocator.alloc(64)[:40]
+    pool.load_cpu_copy(copy, other)
+    page = int(other[0]) // 64
+    assert torch.equal(pool.host.layers[1][page, :, 0, :40].transpose(0, 1), k[:40])
+    assert torch.equal(pool.host.layers[1][page, :, 1, :40].transpose(0, 1), v[:40])
+
+
+def test_token_rows_are_refused_in_words():
+    pool, _ = make_pool(64 * 4, 64)
+    with pytest.raises(NotImplementedError, match="in blocks"):
+        pool.get_kv_buffer(0)
