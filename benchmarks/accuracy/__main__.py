@@ -39,13 +39,14 @@ def systems(args):
     if args.gate:
         dense = json.loads((Path(args.gate) / "config.json").read_text()).get("seerattn_start_layer", 0)
         common += ["--rheoserve-gate-path", args.gate, "--rheoserve-dense-layers", str(dense)]  # for every gate
+    # With frames for all and attention to the selection alone, the answers are those of `retrieval`, and come sooner.
+    chosen = [*("--rheoserve-device-tokens", str(max(args.contexts) * args.parallel))]
+    chosen += ["--rheoserve-device-attention", "selected", "--rheoserve-selector"]
     for position, selector in enumerate(args.selectors):
-        flags = ["--rheoserve-mode", "retrieval", "--rheoserve-device-attention", "selected"]
-        flags += frames(max(args.contexts))
         asked: Asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)]
         asked = asked if position == 0 else []
         asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
-        yield [*common, *flags, "--rheoserve-selector", selector], args.contexts, asked, args.parallel
+        yield [*common, *chosen, selector], args.contexts, asked, args.parallel
     for context in args.contexts:
         asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
         # One at a time: requests that run at once share the frames, and the last of them would have all.

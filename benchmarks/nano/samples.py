@@ -1,8 +1,8 @@
 """Training sequences: text with facts in it, and the facts asked again, in code and in chats of several turns.
 
 Every sequence has many questions at every distance, so that each step of training sees many recalls. What has to be
-recalled weighs more than other tokens, and what can be copied from the reasoning little more; an earlier answer shown
-without its reasoning weighs nothing.
+recalled, and that it ends there, weighs more than other tokens, and what can be copied from the reasoning little more;
+an earlier answer shown without its reasoning weighs nothing.
 """
 
 import random
@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.nano.facts import Asked, Fact, ask, make_facts, recall_line, split_step
 from benchmarks.nano.haystack import Haystack
 
-RECALL = 8.0  # weight of a value's tokens where it is recalled
+RECALL = 8.0  # weight of a value's tokens where it is recalled, and of what ends it
 STEP = 2.0  # of the lines around it, and of the answer after them
 TURN_TOKENS = 130  # what a question and its answer take, roughly
 
@@ -55,7 +55,7 @@ class Builder:
                 before, value, after = split_step(step)
                 self.text(before, STEP)
                 self.text(value, RECALL)
-                self.text(after + "\n", STEP)
+                self.text(after + "\n", RECALL)
             self.text("</think>\n")
         self.text(asked.answer, STEP if shown else 0.0)
         self.text("<|im_end|>\n", 1.0 if shown else 0.0)
@@ -86,7 +86,7 @@ def code_sample(haystack: Haystack, tokenizer, length: int, draw: random.Random,
         before, value, after = recall_line(waiting.pop(), draw)
         built.text(before)
         built.text(value, RECALL)
-        built.text(after)
+        built.text(after, RECALL)
     return built.finish(length)
 
 

@@ -27,9 +27,9 @@ from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
 from benchmarks.nano.samples import RECALL, make_sample
 
-# Until this share of the time, this context: from random weights, and from trained ones.
-PHASES = ((0.22, 1024), (0.45, 4096), (0.70, 16384), (1.0, 32768))
-MORE = ((0.1, 4096), (0.35, 16384), (1.0, 32768))
+# Until this share of the time, these contexts in turn: from random weights, and from trained ones.
+PHASES = ((0.22, (1024,)), (0.45, (4096,)), (0.70, (16384,)), (1.0, (32768, 4096)))
+MORE = ((0.1, (4096,)), (0.3, (16384, 4096)), (1.0, (32768, 4096)))
 GATE_RATE = 2.0  # times the model's learning rate
 WARM_UP, FINAL = 60, 0.05  # steps; share of the peak learning rate at the end
 EVALUATION_SEED = 1 << 40
@@ -54,8 +54,9 @@ def make_batch(length: int, tokens: int, seed: int):
     return np.stack(ids).astype(np.int32), np.stack(weights)[:, 1:]
 
 
-def context_at(share: float, longest: int, phases=PHASES) -> int:
-    return min(next(length for end, length in phases if share <= end or end == 1.0), longest)
+def contexts_at(share: float, longest: int, phases=PHASES) -> tuple[int, ...]:
+    lengths = next(lengths for end, lengths in phases if share <= end or end == 1.0)
+    return tuple(sorted({min(length, longest) for length in lengths}))
 
 
 def rate_at(step: int, share: float) -> float:
@@ -179,58 +180,61 @@ def train(run: Run, pool: ProcessPoolExecutor):
 
     def order():
         nonlocal seed
-        length = context_at(min(run.share, 1.0), args.context, MORE if args.start else PHASES)
-        waiting.append((length, pool.submit(make_batch, length, args.tokens, args.seed * 10_000_019 + seed)))
+        lengths = contexts_at(min(run.share, 1.0), args.context, MORE if args.start else PHASES)
+        length = lengths[seed % len(lengths)]
+        waiting.append((lengths, length, pool.submit(make_batch, length, args.tokens, args.seed * 10_000_019 + seed)))
         seed += 1
 
     for _ in range(2 * args.workers):
         order()
     began, start = time.perf_counter(), run.spent
-    saved, losses, apart, seen, context = run.spent, [], [], 0, None
+    saved, losses, apart, seen, phase = run.spent, {}, [], 0, None
     while run.share < 1.0:
-        length, batch = waiting.popleft()
+        lengths, length, batch = waiting.popleft()
         ids, weights = batch.result()
         order()
-        if context not in (None, length):
-            evaluate(run, pool, context, autocast)
-        context = length
+        if phase not in (None, lengths):
+            evaluate(run, pool, phase, autocast)
+        phase = lengths
         ids = torch.from_numpy(ids).to(args.device, non_blocking=True).long()
         weights = torch.from_numpy(weights).to(args.device, non_blocking=True)
         for group in run.optimizer.param_groups:
             group["lr"] = args.lr * rate_at(run.step, run.share) * group.get("rate", 1.0)
-        divergence = Divergence(run.gates, weights, run.share >= args.gates_until) if run.gates else None
+        weight = args.gates if run.share < args.gates_until else args.gates_later
+        divergence = Divergence(run.gates, weights, alone=weight == 0) if run.gates else None
         with autocast:
             loss = model.loss(model(ids[:, :-1], divergence), ids[:, 1:].flatten(), weights.flatten())
         whole = loss
         if divergence:
-            whole = loss + args.gates * divergence.mean()
+            whole = loss + (weight or 1.0) * divergence.mean()
             apart.append(divergence.mean().detach())
         whole.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
-        losses.append(loss.detach())
+        losses.setdefault(length, []).append(loss.detach())
         seen += weights.numel()
         run.spent = start + time.perf_counter() - began
         if run.step % REPORT_STEPS == 0:
-            mean = torch.stack(losses).mean().item()
             gates = {"gates": round(torch.stack(apart).mean().item(), 4)} if apart else {}
-            run.log(loss=round(mean, 4), **gates, context=length, tokens=seen)
-            losses, apart = [], []
+            means = {length: round(torch.stack(some).mean().item(), 4) for length, some in sorted(losses.items())}
+            run.log(loss=means, **gates, tokens=seen)
+            losses, apart = {}, []
         if run.spent - saved > args.save_every:
             saved = run.spent
             run.save()
-    evaluate(run, pool, context, autocast)
+    evaluate(run, pool, phase, autocast)
     run.save()
 
 
-def evaluate(run: Run, pool: ProcessPoolExecutor, length: int, autocast):
-    """Answers right on samples that training does not see, of this length."""
-    batch = pool.submit(make_batch, length, min(run.args.tokens, 8 * length), EVALUATION_SEED + length).result()
-    with torch.no_grad(), autocast:
-        right, total = answers_right(run.model, batch, run.args.device)
-    run.log(context=length, answers_right=right, answers=total)
+def evaluate(run: Run, pool: ProcessPoolExecutor, lengths: tuple[int, ...], autocast):
+    """Answers right on samples that training does not see, of these lengths."""
+    for length in lengths:
+        batch = pool.submit(make_batch, length, min(run.args.tokens, 8 * length), EVALUATION_SEED + length).result()
+        with torch.no_grad(), autocast:
+            right, total = answers_right(run.model, batch, run.args.device)
+        run.log(context=length, answers_right=right, answers=total)
 
 
 def prepare(args) -> Path:
@@ -260,8 +264,9 @@ def main(argv=None):
         "--gates-until",
         type=float,
         default=1.0,
-        help="share of the run after which only the gates learn from it: the model learns to copy exactly again",
+        help="share of the run after which --gates-later is the weight: the model learns to copy exactly again",
     )
+    parser.add_argument("--gates-later", type=float, default=0.0, help="0: only the gates learn from it")
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1))
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
