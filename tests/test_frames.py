@@ -1,4 +1,4 @@
-"""Which blocks are in frames: after a prefill, over the life of a request, and when it has gone; and what a pool holds."""
+"""Which blocks are in frames, after a prefill and until others need them; and what a pool holds."""
 
 import pytest
 import torch
