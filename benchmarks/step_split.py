@@ -48,8 +48,12 @@ def split_step(kernels: list[dict]) -> dict:
     steps, inside = len(starts) - 1, [kernel for kernel in kernels if starts[0] <= kernel["at"] < starts[-1]]
     here = [kernel for kernel in inside if kernel["stream"] == own]
     took, launches = Counter(), Counter()
+    latest = starts[0]
     for kernel in here:
-        took[part_of(kernel["name"])] += kernel["took"]
+        # One that starts before the one in front has ended waits for it: that time is the other's.
+        end = kernel["at"] + kernel["took"]
+        took[part_of(kernel["name"])] += max(end - max(kernel["at"], latest), 0)
+        latest = max(latest, end)
         launches[part_of(kernel["name"])] += 1
     whole, beside = starts[-1] - starts[0], sum(k["took"] for k in inside if k["stream"] != own)
     split = {part: round(micro / steps / 1000, 3) for part, micro in sorted(took.items())}

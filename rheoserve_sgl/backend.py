@@ -86,7 +86,7 @@ class RheoAttnBackend(AttentionBackend):
             self.writes = Writes.of_extend(self.batch, forward_batch.extend_prefix_lens_cpu, lengths)
             prefilled = torch.tensor([new > 1 for new in lengths], device=self.batch.pages.device)
             self.prefilled = self.batch.pages[self.batch.valid & prefilled[:, None]]
-            self.coordinator.begin_extend(self.writes.pages[self.writes.before == 0])
+            self.coordinator.begin_extend(self.batch.pages, self.writes.pages[self.writes.before == 0])
             if self.staging is not None:
                 lists = zip(self.batch.pages, forward_batch.extend_prefix_lens_cpu, lengths, strict=True)
                 self.staging.begin([(pages[: pages_of(before)], before) for pages, before, new in lists if new])

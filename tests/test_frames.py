@@ -12,7 +12,7 @@ SLOTS, CONTEXT = 4, 64 * 8
 def stored_request(pool, pages: list[int], slot: int) -> Batch:
     """A prompt of whole pages, prefilled into them."""
     at = torch.tensor(pages)
-    pool.coordinator.begin_extend(at)
+    pool.coordinator.begin_extend(at, at)
     loc = (at[:, None] * 64 + torch.arange(64)).flatten()
     for layer in range(LAYERS):
         pool.write(layer, loc, *torch.randn(2, len(loc), HEADS, DIM))
@@ -39,12 +39,37 @@ def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_un
     pool.coordinator.begin_decode(lambda: second)
     assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]  # three are left for who does not decode
     third = stored_request(pool, [10, 11, 12, 13, 14, 15, 16], 2)
-    assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]
+    assert resident(pool, range(20)) == [
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+    ]  # those that decode keep theirs
     pool.coordinator.begin_decode(lambda: third)
     assert len(resident(pool, range(10, 17))) == 6 and not resident(pool, range(10))
     pool.coordinator.page_freed(torch.arange(10, 17))
     pool.coordinator.settle()
     assert pool.residency.used == 0
+
+
+def test_what_was_used_last_keeps_its_frames_longest():
+    pool, _ = make_pool(64 * 20, 64 * 8, exchange_interval=1000)
+    chats = [stored_request(pool, pages, 0) for pages in ([9, 10, 11], [5, 6], [1, 2, 3])]  # nobody decodes in between
+    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 9, 10, 11]
+    for chat in chats:
+        pool.coordinator.batch_changed()
+        pool.coordinator.begin_decode(lambda chat=chat: chat)
+    pool.coordinator.request_left()
+    stored_request(pool, [12, 13], 1)
+    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 11, 12, 13]
+    stored_request(pool, [14], 2)  # nobody's turn yet: the prompt before keeps what it has
+    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 12, 13, 14]
+    pool.coordinator.batch_changed()
+    pool.coordinator.begin_decode(lambda: chats[2])
+    stored_request(pool, [15, 16, 17], 3)
+    assert resident(pool, range(20)) == [1, 2, 3, 13, 14, 15, 16, 17]  # 5, 6 and 12 are older, 13 and 14 not all needed
 
 
 @pytest.mark.parametrize("mode", ["window", "retrieval"])

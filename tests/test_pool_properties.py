@@ -140,7 +140,8 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.table[slot, prefix:total] = loc.to(torch.int32)
         self.lens[slot] = total
-        self.pool.coordinator.begin_extend(self.tensor(self.pages(slot, (total + 63) // 64)[prefix // 64 :]))
+        pages = self.tensor(self.pages(slot, (total + 63) // 64))
+        self.pool.coordinator.begin_extend(pages, pages[prefix // 64 :])
         self.store(loc)
 
     @precondition(lambda self: self.lens)

@@ -17,8 +17,9 @@ def event(name: str, at: float, took: float, stream: int = 7, cat: str = "kernel
 
 def step(at: float) -> list[dict]:
     """100 us: 60 of kernels, 40 of nothing, and a copy beside them."""
-    own = [("_snapshot", 5), ("nvjet_tst_gemm", 20), ("_score", 5), ("_plan", 5), ("_attend_split", 15), ("_merge", 10)]
-    events = [event(name, at + 10 * number, took) for number, (name, took) in enumerate(own)]
+    own = [("_snapshot", 0, 5), ("nvjet_tst_gemm", 10, 20), ("_score", 35, 5), ("_plan", 45, 5)]
+    own += [("_attend_split", 55, 15), ("_merge", 75, 10)]
+    events = [event(name, at + start, took) for name, start, took in own]
     return [*events, event("_fill", at + 3, 50, stream=9)]
 
 
@@ -31,6 +32,15 @@ def test_steps_are_whole_and_parts_add_up(tmp_path):
     assert split["weights"] == 0.02 and split["score and plan"] == 0.01 and split["resident"] == 0.015
     assert split["merge and wait"] == 0.01 and split["append"] == 0.005 and split["between kernels"] == 0.04
     assert split["kernels"]["score and plan"] == 2
+
+
+def test_a_kernel_that_starts_early_waits_in_the_time_of_the_one_in_front():
+    names = ("_snapshot", "_plan", "_attend_split", "_merge")
+    kernels = [{"name": name, "stream": 7, "at": 10 * n, "took": 18} for n, name in enumerate(names)]
+    kernels += [{"name": "_snapshot", "stream": 7, "at": 50, "took": 5}]
+    split = split_step(kernels)
+    assert split["append"] == 0.018 and split["score and plan"] == split["resident"] == split["merge and wait"] == 0.01
+    assert split["between kernels"] == 0.002 and split["step"] == 0.05
 
 
 def test_a_trace_without_two_steps_is_refused():

@@ -274,6 +274,8 @@ def main(argv=None):
         if field.name not in ("context", "vocabulary"):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     args = parser.parse_args(argv)
+    if args.gates_later and not args.gates:
+        parser.error(f"--gates-later is {args.gates_later}, and --gates 0: there are no gates")
     tokenizer = args.tokenizer / "tokenizer.json"
     args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     haystack = prepare(args)

@@ -117,20 +117,6 @@ class TwoTierKVPool(MHATokenToKVPool):
         self.importance.index_fill_(1, pages, 0.0)
         self.residency.drop_pages(pages)
 
-    def keep_idle(self, wanted: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """What is wanted, and of the resident blocks of nobody who decodes as many as frames are left for.
-
-        They are of prefixes in the radix tree, for the turn that may follow, and of requests that wait.
-
-        Args:
-            wanted: `[layers, pages, kv_heads]` bool
-            pages: those of the requests that decode, in any shape, int64
-        """
-        idle = (self.residency.frame_of >= 0).index_fill_(1, pages.flatten(), False)
-        left = self.frame_count - wanted.flatten(1).sum(1)
-        first = idle.flatten(1).cumsum(1) <= left[:, None]
-        return wanted | (idle & first.view_as(idle))
-
     def exchange(self, wanted: torch.Tensor, most: int):
         """Make resident what is wanted, up to `most` blocks copied in a layer; the rest leaves.
 

@@ -62,6 +62,11 @@ class Residency:
         """Frames in use, over all layers."""
         return int((self.owner >= 0).sum())
 
+    @property
+    def free(self) -> torch.Tensor:
+        """Free frames of each layer, `[layers]` int64."""
+        return (self.owner == FREE).sum(1)
+
     def drop_pages(self, pages: torch.Tensor):
         """Free the frames of all blocks of these pages `[n]`, in every layer, also of those on their way."""
         held = self.frame_of[:, pages].flatten(1).long()

@@ -22,6 +22,7 @@ from rheoserve_sgl.coordinator.exchange import (
     rank_blocks,
     wanted_blocks,
 )
+from rheoserve_sgl.coordinator.idle import IdleFrames
 from rheoserve_sgl.coordinator.lane import Lane
 from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.coordinator.working_set import STEPS, WorkingSets
@@ -66,6 +67,7 @@ class Coordinator:
         self._ranking = Ranking.of(pool.config)
         self._freed: list[torch.Tensor] = []
         self._turns: list[tuple[Kept, bool]] = []  # of requests that begin to wait (True), or decode from now on
+        self.idle = IdleFrames(pool.residency, pool.host.pages, pool.device)
         self._steps = 0
         self._due = False  # whether an exchange waits for the one before
         self._changed = True  # whether requests joined or left since the last exchange
@@ -115,21 +117,26 @@ class Coordinator:
         """Other requests decode than before: frames are to be shared out anew."""
         self._changed = True
 
-    def begin_extend(self, fresh: torch.Tensor):
+    def begin_extend(self, pages: torch.Tensor, fresh: torch.Tensor):
         """Call before a prefill's first layer.
 
+        Pages that get their first tokens in it are written to frames that nobody needs who decodes: what is prefilled
+        need not come back over PCIe to be decoded.
+
         Args:
-            fresh: `[n]` int64 pages that get their first tokens in it: they are written to frames as long as any are
-                free, so that what is prefilled need not come back over PCIe to be decoded
+            pages: of its requests, int64 in any shape
+            fresh: `[n]` int64, those without tokens so far
         """
         self.settle()
         self._changed = True  # what is prefilled now decodes next
         if self.lane is not None:
             self._due |= self.lane.finish()
         if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
-            residency = self.pool.residency
+            residency, blocks = self.pool.residency, len(fresh) * self.pool.head_num
+            self.idle.make_room(blocks, pages)
             arriving = torch.zeros_like(residency.frame_of, dtype=torch.bool).index_fill_(1, fresh, True)
-            residency.admit(residency.reserve(arriving, len(fresh) * self.pool.head_num))
+            arriving[:, 0] = False
+            residency.admit(residency.reserve(arriving & (residency.frame_of == -1), blocks))
 
     def settle(self):
         """Apply the waiting reports: a page that nobody has holds no frames."""
@@ -250,7 +257,7 @@ class Coordinator:
         shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
         wanted = wanted_blocks(worth, batch.pages, shares, pool.host.pages, pool.frame_count // pool.head_num)
         self.counts["exchanges"] += 1
-        wanted = pool.keep_idle(wanted, batch.pages)
+        wanted = self.idle.keep(wanted, batch.pages)
         if self.lane is None:
             return pool.exchange(wanted, self._most)
         arriving = pool.let_go(wanted)

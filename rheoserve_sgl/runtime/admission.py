@@ -98,13 +98,20 @@ class Admission:
                 self._too_many = decoding
                 fit = math.ceil(decoding * (1.0 - missed) / (1.0 - self.most_missed + 1e-9))  # by what found a frame
                 self.bound = max(min(fit, decoding - max(decoding // 8, 1)), 1)
-                self._before = 2.0
-        elif self.bound < NO_BOUND and missed < self.most_missed / 2:
-            self._calm += 1
+                self._before, self._idle = 2.0, 0
+        elif self.bound < NO_BOUND:
+            few = missed < self.most_missed / 2
+            self._calm += 1 if few else 0.5
             if self._calm >= CALM:
-                if self.bound >= self._too_many:
-                    self._too_many = NO_BOUND  # no longer
-                more = max(self.bound // 2, 1)
-                if self.bound + more >= self._too_many:
-                    more = max(self.bound // 8, 1)
-                self.bound, self._calm = self.bound + more, 0
+                self._calm = 0
+                self._grow(few)
+
+    def _grow(self, few: bool):
+        """Try half as many requests more at once; near what was too many an eighth, and only if few missed."""
+        if few and self.bound >= self._too_many:
+            self._too_many = NO_BOUND  # no longer
+        more = max(self.bound // 2, 1) if few else max(self.bound // 8, 1)
+        if self.bound + more >= self._too_many:
+            more = max(self.bound // 8, 1)
+        if few or self.bound + more < self._too_many:
+            self.bound += more

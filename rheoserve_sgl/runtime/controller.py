@@ -50,7 +50,7 @@ class Controller:
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
         self._decoding: list = []
-        self._steady = False  # whether the same requests decode as at the last measurement
+        self._steady = False  # whether nobody has joined those that decode since the last measurement
         self._predicted = 0.0
 
     @classmethod
@@ -227,7 +227,10 @@ class Controller:
             one.steps += row in chosen
         now = [requests[row] for row in rows]
         if now != self._decoding:
-            self._decoding, self._steady, self._predicted = now, False, 0.0
+            self._steady &= set(now) <= set(
+                self._decoding
+            )  # those that join miss much at first; those that leave change little
+            self._decoding, self._predicted = now, 0.0
             self.clock.restart()
             self._coordinator.batch_changed()
         load |= {

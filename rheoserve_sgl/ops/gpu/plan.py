@@ -15,6 +15,7 @@ from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
 
 QUERIES = 16  # query heads to a KV head, at most
+MOST_PAGES = 1 << 16  # of a request: places in both lists are counted in one number
 
 
 @triton.jit
@@ -94,8 +95,9 @@ def _plan(
     tail = tl.load(tail_len + row)
     here = False
     if COPIERS > 0:
-        # What has come to this layer meanwhile is in its frame; the next kernel reads it.
-        here = tl.load(came, volatile=True) >= COPIERS
+        # What has come to this layer meanwhile is in its frame; the next kernel reads it. (An atomic gives all threads
+        # one number, while the copying kernel counts on.)
+        here = tl.atomic_add(came, 0, sem="relaxed") >= COPIERS
     at = tl.arange(0, NP)
     valid = at < count
     page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
@@ -194,6 +196,8 @@ def plan_gpu(
     """
     batch, kv_heads, group, dim = q.shape
     max_pages = tables.pages.shape[1]
+    if max_pages >= MOST_PAGES:
+        raise ValueError(f"a page table of {max_pages} pages; legal: fewer than {MOST_PAGES}")
     tiles = triton.cdiv(max_pages, PAGES)
     width = max(triton.next_power_of_2(max_pages), 16)
     record = scratch is not None

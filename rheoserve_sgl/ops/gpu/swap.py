@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves
-from rheoserve_sgl.coordinator.exchange import HYSTERESIS
+from rheoserve_sgl.coordinator.exchange import HYSTERESIS, TINY
 from rheoserve_sgl.ops.gpu.plan import _best, _ordered
 
 SLOTS = 32  # swaps of a layer, request and head, at most
@@ -19,7 +19,7 @@ LARGEST = float(torch.finfo(torch.float32).max)
 @triton.jit(do_not_specialize=["most", "least"])
 def _pair(
     importance, frame_of, pages, n_pages, arrivals, victims, frames, counts, tails,
-    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, least, LARGEST: tl.constexpr,
+    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, least, LARGEST: tl.constexpr, TINY: tl.constexpr,
     RECENT: tl.constexpr, FORCED_ONLY: tl.constexpr, SLOTS: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     layer, pair = tl.program_id(0), tl.program_id(1)
@@ -42,7 +42,7 @@ def _pair(
             worth = at.to(tl.float32)
         else:
             worth = tl.load(importance + base + block, mask=valid, other=0.0)
-            worth = tl.where(resident, worth * hysteresis, worth)
+            worth = tl.where(resident, worth * hysteresis + TINY, worth)
         worth = tl.where(forced, LARGEST, worth)
         open_ = forced if FORCED_ONLY else valid
         wanted = _best(_ordered(worth), open_, room)
@@ -110,7 +110,7 @@ def swap_gpu(ranking, residency, importance, tables, most: int, least: float) ->
         importance, residency.frame_of, tables.pages, tables.n_pages, *found,
         all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,
         float(least),
-        LARGEST=LARGEST, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
+        LARGEST=LARGEST, TINY=TINY, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
         SLOTS=SLOTS, NP=width, num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
     _claim[(layers, pairs)](
