@@ -51,7 +51,7 @@ def split_step(kernels: list[dict]) -> dict:
     latest = starts[0]
     for kernel in here:
         # One that starts before the one in front has ended waits for it: that time is the other's.
-        end = kernel["at"] + kernel["took"]
+        end = min(kernel["at"] + kernel["took"], starts[-1])
         took[part_of(kernel["name"])] += max(end - max(kernel["at"], latest), 0)
         latest = max(latest, end)
         launches[part_of(kernel["name"])] += 1
@@ -63,7 +63,7 @@ def split_step(kernels: list[dict]) -> dict:
 
 
 def longest(kernels: list[dict], count: int = 20) -> list[tuple[str, int, float]]:
-    """(name, how often, milliseconds in all) of the kernels that took most."""
+    """(name, how often, milliseconds in all, waiting for the one in front included) of the kernels that took most."""
     took, often = Counter(), Counter()
     for kernel in kernels:
         took[kernel["name"]] += kernel["took"]

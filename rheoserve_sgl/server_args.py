@@ -133,7 +133,7 @@ class RheoServerArgs(ServerArgs):
     ] = "auto"
     rheoserve_most_missed: Annotated[
         float,
-        "RheoServe: while more than this share of the selection is not resident, the newest request pauses.",
+        "RheoServe: while more than this share of the selection stays not resident, the newest requests pause.",
         NS("schedule"),
     ] = 0.25
     rheoserve_join_group: Annotated[

@@ -117,6 +117,28 @@ def test_after_bad_windows_many_small_ones_soon_decode_together():
     assert windows <= 10 * CALM
 
 
+def test_after_middling_windows_an_eighth_more_is_tried_below_what_was_too_many():
+    admission, sixteen = Admission(1000, 0.25), decoding(*[10] * 16)
+    for missed in (0.5, 0.45):
+        admission.observe(missed, 16)
+    assert admission.bound == 12
+    seen = []
+    for _ in range(8 * CALM):
+        admission.choose(sixteen, more_coming=False)
+        admission.observe(0.2, admission.bound)
+        seen.append(admission.bound)
+    assert sorted(set(seen)) == [12, 13, 14, 15] and seen[2 * CALM - 2] == 12 and seen[-1] == 15
+
+
+def test_a_new_bound_is_kept_for_some_windows_whatever_was_before():
+    admission = Admission(1000, 0.25)
+    for _ in range(3 * FORGETS):
+        admission.observe(0.0, 4)
+    for missed in (0.8, 0.8, 0.2):
+        admission.observe(missed, 8)
+    assert admission.bound == 3
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 64)), max_size=60))
 def test_at_least_one_request_decodes_whatever_was_seen(history):
     admission = Admission(10, 0.1)

@@ -16,9 +16,20 @@ def stored_request(pool, pages: list[int], slot: int) -> Batch:
     loc = (at[:, None] * 64 + torch.arange(64)).flatten()
     for layer in range(LAYERS):
         pool.write(layer, loc, *torch.randn(2, len(loc), HEADS, DIM))
+    return batch_of(pages, slot)
+
+
+def batch_of(pages: list[int], slot: int) -> Batch:
+    """One request of whole pages."""
     table = torch.zeros(SLOTS, CONTEXT, dtype=torch.int32)
-    table[slot, : len(loc)] = loc.to(torch.int32)
-    return Batch.build(table, torch.tensor([slot]), torch.tensor([len(loc)]), len(loc), 1, 1)
+    table[slot, : 64 * len(pages)] = (torch.tensor(pages)[:, None] * 64 + torch.arange(64)).flatten().to(torch.int32)
+    return Batch.build(table, torch.tensor([slot]), torch.tensor([64 * len(pages)]), 64 * len(pages), 1, 1)
+
+
+def hold(pool, pages: list[int]) -> list[int]:
+    """Let the requests that have not ended hold these pages, and what is added to the list."""
+    pool.coordinator.idle.held = lambda: torch.tensor(pages, dtype=torch.int64)
+    return pages
 
 
 def resident(pool, pages) -> list[int]:
@@ -27,6 +38,7 @@ def resident(pool, pages) -> list[int]:
 
 def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_until_others_need_them():
     pool, _ = make_pool(64 * 20, 64 * 6, exchange_interval=1000)
+    held = hold(pool, [])
     first = stored_request(pool, [1, 2, 3, 4], 0)
     assert resident(pool, range(20)) == [1, 2, 3, 4] and int(pool.moved) == 0
     for layer in range(LAYERS):
@@ -35,18 +47,13 @@ def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_un
     pool.coordinator.begin_decode(lambda: first)
     pool.coordinator.request_left()  # the radix tree keeps all of it
     second = stored_request(pool, [7, 8, 9], 1)
-    assert resident(pool, range(20)) == [1, 2, 3, 4, 7, 8]
+    assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]
+    held += [7, 8, 9]
     pool.coordinator.begin_decode(lambda: second)
-    assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]  # three are left for who does not decode
+    assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]
     third = stored_request(pool, [10, 11, 12, 13, 14, 15, 16], 2)
-    assert resident(pool, range(20)) == [
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-    ]  # those that decode keep theirs
+    assert resident(pool, range(20)) == [7, 8, 9, 10, 11, 12]  # those that decode keep theirs
+    held += range(10, 17)
     pool.coordinator.begin_decode(lambda: third)
     assert len(resident(pool, range(10, 17))) == 6 and not resident(pool, range(10))
     pool.coordinator.page_freed(torch.arange(10, 17))
@@ -54,22 +61,29 @@ def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_un
     assert pool.residency.used == 0
 
 
-def test_what_was_used_last_keeps_its_frames_longest():
+def test_what_was_used_last_keeps_its_frames_longest_and_the_first_of_those_that_wait():
     pool, _ = make_pool(64 * 20, 64 * 8, exchange_interval=1000)
-    chats = [stored_request(pool, pages, 0) for pages in ([9, 10, 11], [5, 6], [1, 2, 3])]  # nobody decodes in between
-    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 9, 10, 11]
+    held = hold(pool, [])
+    chats = [stored_request(pool, pages, 0) for pages in ([9, 10, 11], [5, 6], [1, 2, 3])]
     for chat in chats:
         pool.coordinator.batch_changed()
         pool.coordinator.begin_decode(lambda chat=chat: chat)
+    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 9, 10, 11]
     pool.coordinator.request_left()
     stored_request(pool, [12, 13], 1)
-    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 11, 12, 13]
-    stored_request(pool, [14], 2)  # nobody's turn yet: the prompt before keeps what it has
+    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 9, 12, 13]  # the end of the oldest makes room
+    held += [12, 13]
+    stored_request(pool, [14], 2)
     assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 12, 13, 14]
-    pool.coordinator.batch_changed()
+    held += [14, 1, 2, 3]
     pool.coordinator.begin_decode(lambda: chats[2])
+    assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 12, 13, 14]
     stored_request(pool, [15, 16, 17], 3)
-    assert resident(pool, range(20)) == [1, 2, 3, 13, 14, 15, 16, 17]  # 5, 6 and 12 are older, 13 and 14 not all needed
+    assert resident(pool, range(20)) == [1, 2, 3, 12, 13, 14, 15, 16]  # none of those that wait gives its own
+    held += [15, 16, 17]
+    pool.coordinator.batch_changed()
+    pool.coordinator.begin_decode(lambda: batch_of([1, 2, 3, 4, 18, 19], 0))
+    assert resident(pool, range(20)) == [1, 2, 3, 4, 12, 13, 18, 19]  # 14 and after it 15 decode later
 
 
 @pytest.mark.parametrize("mode", ["window", "retrieval"])

@@ -76,6 +76,7 @@ class PoolMachine(RuleBasedStateMachine):
             exchange_interval=2,
             canary="raise",
         )
+        self.pool.coordinator.idle.held = self.held
         if slow and self.device == "cpu":
             self.pool.coordinator.lane = SlowLane(self.pool)
         self.random = torch.Generator().manual_seed(seed)
@@ -84,6 +85,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.tree = set()  # pages that the radix tree holds
         self.shadow = {}  # (layer, page) -> [HEADS, 2, 64, DIM]
         self.filled = {}  # page -> valid tokens
+
+    def held(self):
+        """Pages of all requests, as the runtime controller gives them."""
+        return self.tensor([page for slot, n in self.lens.items() for page in self.pages(slot, (n + 63) // 64)])
 
     def tensor(self, values, dtype=torch.int64):
         return torch.tensor(values, dtype=dtype, device=self.device)

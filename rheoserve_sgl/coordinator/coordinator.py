@@ -120,7 +120,7 @@ class Coordinator:
     def begin_extend(self, pages: torch.Tensor, fresh: torch.Tensor):
         """Call before a prefill's first layer.
 
-        Pages that get their first tokens in it are written to frames that nobody needs who decodes: what is prefilled
+        Pages that get their first tokens in it are written to frames that no other request holds: what is prefilled
         need not come back over PCIe to be decoded.
 
         Args:
@@ -129,13 +129,14 @@ class Coordinator:
         """
         self.settle()
         self._changed = True  # what is prefilled now decodes next
+        self.idle.use(pages)
         if self.lane is not None:
             self._due |= self.lane.finish()
         if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
             residency, blocks = self.pool.residency, len(fresh) * self.pool.head_num
             self.idle.make_room(blocks, pages)
             arriving = torch.zeros_like(residency.frame_of, dtype=torch.bool).index_fill_(1, fresh, True)
-            arriving[:, 0] = False
+            arriving[:, 0] = False  # padding and SGLang's dummy batches have page 0
             residency.admit(residency.reserve(arriving & (residency.frame_of == -1), blocks))
 
     def settle(self):

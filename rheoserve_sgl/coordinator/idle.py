@@ -1,11 +1,16 @@
-"""Frames of nobody who decodes: of prefixes in the radix tree, for the turn that may follow, and of requests that wait.
+"""Frames that no decoding request needs: of requests that wait to decode, and of prefixes in the radix tree.
 
-The pages that were used last keep them longest.
+Requests wait in their order, so the first of them keeps its frames longest; of what only the tree holds, what was used
+last does, for the turn that may follow.
 """
+
+from collections.abc import Callable
 
 import torch
 
 from rheoserve_sgl.cache.residency import Residency
+
+LATER = 1 << 40  # than any batch
 
 
 class IdleFrames:
@@ -18,9 +23,11 @@ class IdleFrames:
 
     def __init__(self, residency: Residency, pages: int, device):
         self._residency = residency
-        self._used = torch.zeros(pages, dtype=torch.int64, device=device)  # batch by which a page was used last
-        self._running = torch.zeros(pages, dtype=torch.bool, device=device)  # of those that decoded last
-        self._batches = self._decoded = 0
+        self._used = torch.zeros(pages, dtype=torch.int64, device=device)  # number of the batch that used a page last
+        self._batches = 0
+        nobody = torch.zeros(0, dtype=torch.int64, device=device)
+        # Gives the pages, int64, of all prefilled requests that have not ended; the runtime controller's.
+        self.held: Callable[[], torch.Tensor] = lambda: nobody
 
     def use(self, pages: torch.Tensor):
         """A batch has these pages, int64 in any shape."""
@@ -35,27 +42,29 @@ class IdleFrames:
             pages: of the requests that decode, int64 in any shape
         """
         self.use(pages)
-        self._decoded = self._batches
-        self._running.fill_(False).index_fill_(0, pages.flatten(), True)
-        idle = (self._residency.frame_of >= 0) & ~self._running[:, None]
+        idle = (self._residency.frame_of >= 0).index_fill_(1, pages.flatten(), False)
         left = self._residency.frames - wanted.flatten(1).sum(1)
-        return wanted | self._first(idle, self._used.argsort(descending=True, stable=True), left)
+        waiting = torch.zeros_like(self._used, dtype=torch.bool).index_fill_(0, self.held(), True)
+        worth = torch.where(waiting, LATER - self._used, self._used)
+        return wanted | _first(idle, worth.argsort(descending=True, stable=True), left)
 
     def make_room(self, blocks: int, pages: torch.Tensor):
-        """Free so many frames of each layer, or as many as nobody needs who decodes, or was prefilled since others did.
+        """Free so many frames of each layer, or as many as only the radix tree has use for.
 
         Args:
-            pages: of the prefill, prefixes included, int64 in any shape
+            pages: of a prefill, prefixes included, int64 in any shape
         """
         residency = self._residency
-        self.use(pages)
-        idle = (residency.frame_of >= 0) & (~self._running & (self._used <= self._decoded))[:, None]
         missing = (blocks - residency.free).clamp(min=0)
-        residency.release(self._first(idle, self._used.argsort(stable=True), missing))
+        if not missing.is_cuda and not missing.any():
+            return
+        idle = (residency.frame_of >= 0).index_fill_(1, torch.cat((pages.flatten(), self.held())), False)
+        order = self._used.argsort(descending=True, stable=True).flip(0)
+        residency.release(_first(idle, order, missing))
 
-    @staticmethod
-    def _first(blocks: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """The first `count` `[layers]` of the blocks `[layers, pages, kv_heads]`, by this order of their pages."""
-        ordered = blocks[:, order]
-        ordered &= (ordered.flatten(1).cumsum(1) <= count[:, None]).view_as(ordered)
-        return torch.zeros_like(blocks).index_copy_(1, order, ordered)
+
+def _first(blocks: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The first `count` `[layers]` of the blocks `[layers, pages, kv_heads]`, by this order of their pages."""
+    ordered = blocks[:, order]
+    ordered &= (ordered.flatten(1).cumsum(1) <= count[:, None]).view_as(ordered)
+    return torch.zeros_like(blocks).index_copy_(1, order, ordered)

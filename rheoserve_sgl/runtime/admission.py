@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SLACK = 1.1  # of the frames: what decodes already may grow by this before one has to pause
-CALM = 4  # windows without too many misses until more requests are tried
+CALM = 4  # windows with less than half of the misses that are allowed, until more requests are tried
 FORGETS = 8  # windows in which a bound stopped nobody until it is no more
 EASES = 0.8  # of the misses of the window before: with fewer, blocks are still on their way
 NO_BOUND = 1 << 30
@@ -35,7 +35,7 @@ class Admission:
 
     Args:
         capacity: pages for which each KV head of a layer has frames
-        most_missed: share of the selection that may be missed before the newest request pauses
+        most_missed: share of the selection that may be missed before the newest requests pause
         group: requests that join together
         patience: steps that a request waits at most for its group
     """
@@ -45,8 +45,9 @@ class Admission:
         self.group, self.patience = group, patience
         self.bound = NO_BOUND  # requests at once, after too many misses
         self._too_many = NO_BOUND  # requests at once that missed too much
-        self._before = 2.0  # share missed in the window before; more than any, if others decoded in it
-        self._calm = self._idle = 0  # windows: of few misses; in which the bound stopped nobody
+        self._before = 2.0  # share missed in the window before; more than any, if requests joined in it
+        # Windows since the bound was set: of few misses, all without too many, in which it stopped nobody.
+        self._calm = self._windows = self._idle = 0
         self._stopped = False
         self._waited = 0
 
@@ -81,8 +82,8 @@ class Admission:
 
         Args:
             missed: share of what was selected in it that was not resident
-            decoding: requests
-            steady: whether the same requests decoded in it: those that just joined miss much, which tells nothing
+            decoding: requests at once, the most in it
+            steady: whether nobody joined in it: those that just did miss much, which tells nothing
         """
         self._idle = 0 if self._stopped else self._idle + 1
         self._stopped = False
@@ -93,25 +94,24 @@ class Admission:
         lasts = steady and self._before > self.most_missed and missed > EASES * self._before
         self._before = missed if steady else 2.0
         if missed > self.most_missed:
-            self._calm = 0
+            self._calm = self._windows = 0
             if lasts and decoding > 1:
                 self._too_many = decoding
                 fit = math.ceil(decoding * (1.0 - missed) / (1.0 - self.most_missed + 1e-9))  # by what found a frame
                 self.bound = max(min(fit, decoding - max(decoding // 8, 1)), 1)
                 self._before, self._idle = 2.0, 0
         elif self.bound < NO_BOUND:
-            few = missed < self.most_missed / 2
-            self._calm += 1 if few else 0.5
-            if self._calm >= CALM:
-                self._calm = 0
-                self._grow(few)
+            self._calm += missed < self.most_missed / 2
+            self._windows += 1
+            if self._calm >= CALM or self._windows >= 2 * CALM:
+                self._grow(calm=self._calm >= CALM)
+                self._calm = self._windows = 0
 
-    def _grow(self, few: bool):
-        """Try half as many requests more at once; near what was too many an eighth, and only if few missed."""
-        if few and self.bound >= self._too_many:
+    def _grow(self, calm: bool):
+        """Try more requests at once: half as many more while that is fewer than were too many, else an eighth."""
+        if calm and self.bound >= self._too_many:
             self._too_many = NO_BOUND  # no longer
-        more = max(self.bound // 2, 1) if few else max(self.bound // 8, 1)
-        if self.bound + more >= self._too_many:
-            more = max(self.bound // 8, 1)
-        if few or self.bound + more < self._too_many:
+        eighth, half = max(self.bound // 8, 1), max(self.bound // 2, 1)
+        more = half if calm and self.bound + half < self._too_many else eighth
+        if calm or self.bound + more < self._too_many:
             self.bound += more

@@ -7,6 +7,8 @@ run between the batches of a prefill, and of the prefilled requests those decode
 
 import math
 
+import torch
+
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
@@ -17,6 +19,7 @@ from rheoserve_sgl.runtime.transaction import Transaction
 
 LEARNING_STEPS = 16  # of a request: until then its working set is guessed
 GUESS = 1.25  # of what it may select
+RISE = 0.02  # of the share that is taken for missed, in a window in which requests joined
 TIMED_STEPS = 8  # a window has at least so many, or it teaches nothing about time
 MOST_BETWEEN = 64  # decode steps between two batches of a prefill, whatever the objective asks for
 
@@ -43,6 +46,7 @@ class Controller:
         ):
             capacity = pool.frame_count // pool.head_num
             self.admission = Admission(capacity, config.most_missed, config.join_group, config.join_patience)
+        self._coordinator.idle.held = self._held_pages
         # Mixed batches decode while they prefill.
         self._between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
         self._owed = 0  # decode steps before the next batch of a prefill
@@ -50,7 +54,8 @@ class Controller:
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
         self._decoding: list = []
-        self._steady = False  # whether nobody has joined those that decode since the last measurement
+        # Since the last measurement: whether requests joined those that decode, joined or left, and the most at once.
+        self._joined, self._changed, self._most = True, True, 0
         self._predicted = 0.0
 
     @classmethod
@@ -93,7 +98,7 @@ class Controller:
 
     def rest(self):
         """The last request has ended."""
-        self._decoding, self._steady = [], False
+        self._decoding, self._joined, self._changed = [], True, True
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 
     def prepare(self, batch):
@@ -182,12 +187,12 @@ class Controller:
         if selected > before[1]:
             missed = (visited - before[0]) / (selected - before[1])
             # Those that have just joined miss much for some steps, and would be sent away for it.
-            self._missed = missed if self._steady else min(self._missed, missed)
+            self._missed = min(self._missed + RISE, missed) if self._joined else missed
             if self.admission is not None:
-                self.admission.observe(missed, len(self._decoding), self._steady)
-            if step and self._steady:
+                self.admission.observe(missed, self._most, not self._joined)
+            if step and not self._changed:
                 self._learn_time(step, chunk)
-        self._steady = True
+        self._joined, self._changed, self._most = False, False, len(self._decoding)
         clock.restart()
 
     def _learn_time(self, step: float, chunk: float):
@@ -203,6 +208,14 @@ class Controller:
             # A token takes its step and its part of the chunk before it.
             spare = max(objective / 1000 - step, 1e-9)
             self._between = min(max(math.ceil(chunk / spare), self._config.decode_interleave), MOST_BETWEEN)
+
+    def _held_pages(self) -> torch.Tensor:
+        """Logical pages, int64, of the requests that decode or wait to."""
+        scheduler, size = self._scheduler, self._pool.page_size
+        table = scheduler.req_to_token_pool.req_to_token
+        live = [one for one in scheduler.running_batch.reqs if one.req_pool_idx is not None and not one.finished()]
+        first = [table[one.req_pool_idx, : one.kv.kv_allocated_len : size] for one in live]
+        return torch.cat(first).long() // size if first else torch.zeros(0, dtype=torch.int64, device=table.device)
 
     def _turn(self, request, one: Transaction):
         """Tell the coordinator of a request that begins to wait, or ceases to."""
@@ -227,9 +240,8 @@ class Controller:
             one.steps += row in chosen
         now = [requests[row] for row in rows]
         if now != self._decoding:
-            self._steady &= set(now) <= set(
-                self._decoding
-            )  # those that join miss much at first; those that leave change little
+            self._joined |= not set(now) <= set(self._decoding)
+            self._changed, self._most = True, max(self._most, len(now))
             self._decoding, self._predicted = now, 0.0
             self.clock.restart()
             self._coordinator.batch_changed()

@@ -15,6 +15,7 @@ TERMS = ("fixed", "requests", "resident", "scored", "exposed")
 PRIOR = np.array([1.0, 1.0, 1.0, 3.0, 1.0])
 SPREAD = np.array([1.0, 3.0, 0.3, 3.0, 0.7])  # standard deviations of the prior
 REQUEST_SECONDS = 0.0001
+LEAST = 0.1  # of the prior: by a smaller factor nothing drifts less than by this one
 NOISE, DRIFT = 0.02, 0.01  # of a measurement; of each factor, from window to window
 
 
@@ -66,7 +67,8 @@ class LatencyModel:
     def observe(self, load: StepLoad, seconds: float):
         """Learn from steps that took so long on average."""
         terms = self.terms(load)
-        self._covariance += np.diag((DRIFT * self.factors) ** 2)
+        # (A factor that has come to 0 must find its way back.)
+        self._covariance += np.diag((DRIFT * np.maximum(self.factors, LEAST * PRIOR)) ** 2)
         towards = self._covariance @ terms
         gain = towards / (terms @ towards + (NOISE * seconds) ** 2)
         self.factors = np.maximum(self.factors + gain * (seconds - terms @ self.factors), 0.0)

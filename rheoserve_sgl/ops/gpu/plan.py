@@ -196,8 +196,6 @@ def plan_gpu(
     """
     batch, kv_heads, group, dim = q.shape
     max_pages = tables.pages.shape[1]
-    if max_pages >= MOST_PAGES:
-        raise ValueError(f"a page table of {max_pages} pages; legal: fewer than {MOST_PAGES}")
     tiles = triton.cdiv(max_pages, PAGES)
     width = max(triton.next_power_of_2(max_pages), 16)
     record = scratch is not None

@@ -5,12 +5,13 @@
 
 import torch
 
+from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
-from rheoserve_sgl.ops.gpu.plan import plan_gpu
+from rheoserve_sgl.ops.gpu.plan import MOST_PAGES, plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
@@ -34,6 +35,9 @@ class GpuStep:
         self.pool, self.rules, self.exchange, self.asker, self.answer = pool, rules, exchange, asker, answer
         batch, kv_heads, group, dim = exchange.q.shape
         max_pages = exchange.visit.blocks.shape[-1]
+        if max_pages >= MOST_PAGES:
+            most = (MOST_PAGES - 1) * PAGE_TOKENS
+            raise ValueError(f"--context-length: {max_pages * PAGE_TOKENS} tokens of a request; legal: up to {most}")
         device = pool.device
         self.tables = Tables.make(batch, max_pages, device)
         self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
