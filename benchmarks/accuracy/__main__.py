@@ -40,7 +40,7 @@ def systems(args):
         dense = json.loads((Path(args.gate) / "config.json").read_text()).get("seerattn_start_layer", 0)
         common += ["--rheoserve-gate-path", args.gate, "--rheoserve-dense-layers", str(dense)]  # for every gate
     # With frames for all and attention to the selection alone, the answers are those of `retrieval`, and come sooner.
-    chosen = [*("--rheoserve-device-tokens", str(-(-max(args.contexts) // 64) * 64 * args.parallel))]
+    chosen = ["--rheoserve-device-tokens", str(-(-max(args.contexts) // 64) * 64 * args.parallel)]
     chosen += ["--rheoserve-device-attention", "selected", "--rheoserve-selector"]
     for position, selector in enumerate(args.selectors):
         asked: Asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)]

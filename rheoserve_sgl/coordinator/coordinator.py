@@ -130,8 +130,7 @@ class Coordinator:
         self.settle()
         self._changed = True  # what is prefilled now decodes next
         self.idle.use(pages)
-        if self.lane is not None:
-            self._due |= self.lane.finish()
+        self._finish_copies()
         if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
             residency, blocks = self.pool.residency, len(fresh) * self.pool.head_num
             self.idle.make_room(blocks, pages)
@@ -177,8 +176,7 @@ class Coordinator:
         self._steps += 1
         self.counts["decode_steps"] += 1
         self._fade()
-        if self.lane is not None:
-            self._due |= self.lane.finish()
+        self._finish_copies()
         self._due |= self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0
         self._due |= lens is not None and self._page_finds_frames(lens)
         make_batch = cache(make_batch)
@@ -188,6 +186,11 @@ class Coordinator:
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
             self._exchange(make_batch())
+
+    def _finish_copies(self):
+        """Admit what was copied beside the forward pass, if all of it was."""
+        if self.lane is not None:
+            self._due |= self.lane.finish()
 
     def _page_finds_frames(self, lens: torch.Tensor) -> bool:
         """Whether a request starts a page and frames are left: an exchange gives it some, a swap takes others'."""
@@ -290,8 +293,7 @@ class Coordinator:
             torch.cuda.synchronize()  # a batch may be in flight on SGLang's forward stream
         self.settle()
         blocks = self.attended.totals()
-        if self.lane is not None:
-            self._due |= self.lane.finish()
+        self._finish_copies()
         used, moved = pool.residency.used, int(pool.moved)
         frames = pool.frame_count * pool.layer_num
         host_pages = pool.host.pages - 1

@@ -45,7 +45,7 @@ class Admission:
         self.group, self.patience = group, patience
         self.bound = NO_BOUND  # requests at once, after too many misses
         self._too_many = NO_BOUND  # requests at once that missed too much
-        self._before = 2.0  # share missed in the window before; more than any, if requests joined in it
+        self._before = math.inf  # share missed in the window before, if nobody joined in it
         # Windows since the bound was set: of few misses, all without too many, in which it stopped nobody.
         self._calm = self._windows = self._idle = 0
         self._stopped = False
@@ -92,14 +92,14 @@ class Admission:
         # Requests that join find nothing in frames, and blocks come for some windows: these are too many only if that
         # does not become better.
         lasts = steady and self._before > self.most_missed and missed > EASES * self._before
-        self._before = missed if steady else 2.0
+        self._before = missed if steady else math.inf
         if missed > self.most_missed:
             self._calm = self._windows = 0
             if lasts and decoding > 1:
                 self._too_many = decoding
                 fit = math.ceil(decoding * (1.0 - missed) / (1.0 - self.most_missed + 1e-9))  # by what found a frame
                 self.bound = max(min(fit, decoding - max(decoding // 8, 1)), 1)
-                self._before, self._idle = 2.0, 0
+                self._before, self._idle = math.inf, 0
         elif self.bound < NO_BOUND:
             self._calm += missed < self.most_missed / 2
             self._windows += 1

@@ -211,18 +211,21 @@ class Controller:
 
     def _held_pages(self) -> torch.Tensor:
         """Logical pages, int64, of the requests that decode or wait to."""
-        scheduler, size = self._scheduler, self._pool.page_size
-        table = scheduler.req_to_token_pool.req_to_token
-        live = [one for one in scheduler.running_batch.reqs if one.req_pool_idx is not None and not one.finished()]
-        first = [table[one.req_pool_idx, : one.kv.kv_allocated_len : size] for one in live]
-        return torch.cat(first).long() // size if first else torch.zeros(0, dtype=torch.int64, device=table.device)
+        requests = self._scheduler.running_batch.reqs
+        live = [one for one in requests if one.req_pool_idx is not None and not one.finished()]
+        none = torch.zeros(0, dtype=torch.int64, device=self._pool.device)
+        return torch.cat([none, *map(self._page_starts, live)]).long() // self._pool.page_size
+
+    def _page_starts(self, request) -> torch.Tensor:
+        """Where the first token of each of its pages is, `[n]`."""
+        table = self._scheduler.req_to_token_pool.req_to_token
+        return table[request.req_pool_idx, : request.kv.kv_allocated_len : self._pool.page_size]
 
     def _turn(self, request, one: Transaction):
         """Tell the coordinator of a request that begins to wait, or ceases to."""
         if (one.state == "waiting") == (one.kept is not None):
             return
-        table, size = self._scheduler.req_to_token_pool.req_to_token, self._pool.page_size
-        pages = table[request.req_pool_idx, : request.kv.kv_allocated_len : size].long() // size
+        pages = self._page_starts(request).long() // self._pool.page_size
         if one.kept is None:
             one.kept = self._coordinator.begins_to_wait(pages)
         else:  # the page that the step begins was not there when it began to wait

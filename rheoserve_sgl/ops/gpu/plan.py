@@ -50,7 +50,7 @@ def _scores(
 
 @triton.jit
 def _best(key, open_, room):
-    """The `room` largest of the open ones, of which there are more; of equal ones the first."""
+    """The `room` largest of the open ones, or all; of equal ones the first."""
     key = tl.where(open_, key, 0)  # less than any float's
     # The largest bound that at least `room` keys reach, four bits of it at a time, until just as many reach it.
     digit = tl.arange(0, 16).to(tl.uint32)
@@ -93,11 +93,6 @@ def _plan(
     said = tl.load(visited + pair)  # here, many barriers before it is written
     selects = tl.load(quiet + row) == 0
     tail = tl.load(tail_len + row)
-    here = False
-    if COPIERS > 0:
-        # What has come to this layer meanwhile is in its frame; the next kernel reads it. (An atomic gives all threads
-        # one number, while the copying kernel counts on.)
-        here = tl.atomic_add(came, 0, sem="relaxed") >= COPIERS
     at = tl.arange(0, NP)
     valid = at < count
     page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
@@ -106,6 +101,9 @@ def _plan(
     newest = tl.load(pages + row * max_pages + count - 1, mask=count > 0, other=0).to(tl.int64)
     newest_frame = tl.load(frame_of + newest * kv_heads + head)
     if COPIERS > 0:
+        # What has come to this layer meanwhile is in its frame; the next kernel reads it. (An atomic gives all threads
+        # one number, while the copying kernel counts on.)
+        here = tl.atomic_add(came, 0, sem="relaxed") >= COPIERS
         frame = tl.where((frame <= ARRIVING) & here, ARRIVING - frame, frame)
         newest_frame = tl.where((newest_frame <= ARRIVING) & here, ARRIVING - newest_frame, newest_frame)
     forced = valid & ((at < sink) | (at >= count - 1 - window))

@@ -6,11 +6,11 @@
 import triton
 import triton.language as tl
 
+from rheoserve_sgl.ops.gpu.attend import HEADS
 from rheoserve_sgl.ops.gpu.early import early, start
 
 PAGES = 32  # of a tile
 KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by both signs of a query
-ROWS = 16  # the smallest tile of tl.dot
 
 
 @triton.jit
@@ -79,10 +79,10 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     batch, kv_heads, heads, dim = q.shape
     max_pages = tables.pages.shape[1]
     tiles = triton.cdiv(max_pages, PAGES)
-    tensor_cores = 1 < heads <= ROWS and q.dtype == quick.dtype and q.dtype.itemsize == 2
+    tensor_cores = 1 < heads <= HEADS and q.dtype == quick.dtype and q.dtype.itemsize == 2
     _score[(batch * kv_heads, tiles)](
         q, quick, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
         kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
-        HEADS=ROWS if tensor_cores else 0, num_warps=2, **early(q.device),
+        HEADS=HEADS if tensor_cores else 0, num_warps=2, **early(q.device),
     )  # fmt: skip
