@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,19 +123,21 @@ def test_training_lowers_the_loss_goes_on_and_exports_the_same_model(made, words
 
 
 def test_gates_learn_beside_the_model_and_are_the_distillers(made, tmp_path):
-    """The run goes on with them, and by the distiller's loss what was written tells more than fresh gates do.
-
-    (The model learns too, so the divergence of one step need not be below that of the step before.)
-    """
+    """The divergence falls, the run goes on with them, and the distiller finds less loss than fresh gates for what was
+    written."""
     from transformers import AutoModelForCausalLM
 
     from rheoserve_sgl.gate.distiller import Distiller, shape_of
 
     options = {"gates": 0.5, "context": 512, "tokens": 2048}
-    apart = [line["gates"] for line in run(made, tmp_path, steps=60, **options) if "gates" in line]
-    assert len(apart) == 3 and all(value > 0.0 for value in apart)
+    run(made, tmp_path, steps=60, **options)
     assert run(made, tmp_path, steps=61, **options)[-1]["step"] == 61
     export.main(["--run", str(tmp_path), "--tokenizer", str(made), "--out", str(tmp_path / "model")])
+    # (Of a model that learns fast the attention moves, too: in what was just trained it hardly does.)
+    start = shutil.copytree(tmp_path / "model", tmp_path / "start", ignore=shutil.ignore_patterns("gate"))
+    more = run(made, tmp_path / "more", steps=60, start=start, lr=0.002, **options)
+    apart = [line["gates"] for line in more if "gates" in line]
+    assert apart[-1] < 0.9 * apart[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     config, layers = read_gate(tmp_path / "model" / "gate", shape_of(model))
     haystack = Haystack.encode(
