@@ -1,13 +1,15 @@
 """What goes wrong around a server ends in a clear error for whom it touches; everybody else has their whole answer."""
 
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import requests
-from serving import random_prompts, rheo_server
+from serving import Server, random_prompts, rheo_server
 
 from benchmarks.soak.traffic import BAD, Traffic
 
@@ -92,5 +94,37 @@ def test_sigterm_while_busy_lets_answers_end_and_leaves_no_process(checkpoints, 
         server.process.send_signal(signal.SIGTERM)
         assert [one.answer() for one in asked] == expected
         server.process.wait(60)
+        _, left = psutil.wait_procs(family, timeout=30)
+        assert not left, left
+
+
+def test_exchanges_that_fail_change_no_answer(checkpoints, tmp_path, full):
+    """Blocks whose copy failed are attended to where they are; frames are given back."""
+    args = ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.4", "--rheoserve-mode", "full"]
+    args += ["--rheoserve-device-tokens", "512", "--rheoserve-exchange-interval", "2", "--rheoserve-canary", "raise"]
+    args += ["--dtype", "float32", "--enable-metrics"]
+    program = [sys.executable, str(Path(__file__).with_name("failing_exchange_server.py"))]
+    prompts = random_prompts(54, [700, 1500])
+    expected = full.tokens(prompts, 60)
+    with Server(checkpoints.path(), args, tmp_path / "log", program=program) as server:
+        assert server.tokens(prompts, 60) == expected
+        state = server.settle()
+        assert 0 < state["exchanges_failed"] < state["exchanges"] and state["exchanged_blocks"] > 0
+        assert state["frames_used"] == state["host_pages_used"] == 0
+        assert server.metrics()["sglang:rheoserve_exchanges_failed_total"] == state["exchanges_failed"]
+        assert "an exchange failed" in (tmp_path / "log").read_text()
+
+
+def test_a_scheduler_that_is_killed_ends_the_server_and_its_requests(checkpoints, tmp_path):
+    """Worker threads end with their process only; nobody waits for it for ever."""
+    with rheo_server(checkpoints.path(), ["--rheoserve-mode", "full"], tmp_path) as server:
+        asked = Ask(server, random_prompts(55, [900])[0], 2000)
+        wait_for_decoding(server)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        scheduler = next(one for one in family if "scheduler" in "".join(one.cmdline()))
+        scheduler.kill()
+        assert server.process.wait(60) != 0
+        asked.join(60)
+        assert not asked.is_alive() and (asked.reply is None or asked.reply.status_code != 200)
         _, left = psutil.wait_procs(family, timeout=30)
         assert not left, left

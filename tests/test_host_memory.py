@@ -1,6 +1,8 @@
 """Memory of the host store."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,24 @@ def test_zeroed_memory_is_aligned_and_lives_as_long_as_its_views(dtype, shape):
     del tensor
     gc.collect()
     assert float(view) == 3.0
+
+
+REFUSED = """
+import resource, torch
+from rheoserve_sgl.cache.host_store import HostStore
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), resource.RLIM_INFINITY))
+try:
+    HostStore(2, 10_000, 2, 64, torch.bfloat16, pin=False)
+except MemoryError as error:
+    print(error)
+"""
+
+
+def test_memory_that_the_system_refuses_is_named_with_the_flag():
+    out = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=300)
+    assert "the system refuses 0.31 GiB of host memory" in out.stdout, out.stdout + out.stderr
+    assert "lower --rheoserve-host-size" in out.stdout
 
 
 @pytest.mark.gpu

@@ -186,6 +186,23 @@ class PoolMachine(RuleBasedStateMachine):
                 return
         self.pool.exchange((wanted & running[None, :, None]).to(self.device), 10**6)
 
+    @precondition(lambda self: self.lens and self.pool.coordinator.lane is None)
+    @rule(at=st.integers(0, LAYERS - 1))
+    def exchange_fails(self, at):
+        """Copies into frames fail, of some layer and all after it."""
+        frames = self.pool.frames
+        copy = frames.fill
+
+        def fill(layer, frame, blocks):
+            if layer >= at:
+                raise RuntimeError("no memory")
+            copy(layer, frame, blocks)
+
+        frames.fill = fill
+        self.pool.coordinator.batch_changed()
+        self.decode()
+        frames.fill = copy
+
     @rule()
     def blocks_arrive(self):
         """Copies beside the forward pass come to their end, at any time."""

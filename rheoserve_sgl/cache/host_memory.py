@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 HUGE_PAGE = 2 << 20
 GIB = 1 << 30
 REPORT_SECONDS = 5.0
+LESS = "lower --rheoserve-host-size (or --rheoserve-host-ratio)"
 
 
 def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -24,10 +25,19 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
     Args:
         shape: any shape without a zero
+
+    Raises:
+        MemoryError: the system refuses so much address space
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     # One huge page more, because a mapping need not start at the boundary of one.
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(
+            f"the system refuses {size / GIB:.2f} GiB of host memory for a layer of the host store ({error}); "
+            f"{LESS}, or raise the limit on address space (ulimit -v)"
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -47,7 +57,7 @@ def pin_all(owner, tensors: list[torch.Tensor], threads: int):
     pinned memory is rounded up to a power of two.)
 
     Raises:
-        torch.cuda.CudaError: the driver's refusal, for example for want of memory
+        MemoryError: the driver refuses to pin so much
     """
     began = reported = time.perf_counter()
     cudart = torch.cuda.cudart()
@@ -57,7 +67,13 @@ def pin_all(owner, tensors: list[torch.Tensor], threads: int):
     weakref.finalize(owner, _unpin, pinned).atexit = False
     for tensor in tensors:
         worker_pool(threads).touch(tensor.data_ptr(), tensor.nbytes)
-        torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
+        error = int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        if error:
+            raise MemoryError(
+                f"the GPU's driver refuses to pin more than {done / GIB:.2f} of the host store's {total / GIB:.2f} GiB "
+                f"(cudaHostRegister answers {error}); {LESS}, or raise the limits on memory and on locked memory "
+                "(ulimit -l, a container's)"
+            )
         pinned.append(tensor.data_ptr())
         done += tensor.nbytes
         if time.perf_counter() - reported > REPORT_SECONDS:

@@ -136,7 +136,11 @@ class TwoTierKVPool(MHATokenToKVPool):
     def load(self, arriving: torch.Tensor, most: int):
         """Copy blocks `[layers, pages, kv_heads]` bool into free frames, up to `most` in a layer, and admit them."""
         moves = self.residency.reserve(arriving, most)
-        self.fill(moves)
+        try:
+            self.fill(moves)
+        except BaseException:
+            self.residency.cancel(moves)
+            raise
         self.residency.admit(moves)
 
     def fill(self, moves: Moves, beside: bool = False):

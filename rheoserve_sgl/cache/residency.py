@@ -109,6 +109,11 @@ class Residency:
         block, frame = torch.where(arrived, moves.block, 0), torch.where(arrived, moves.frame, -1)
         self.frame_of.flatten(1).scatter_(1, block, frame.to(torch.int32))
 
+    def cancel(self, moves: Moves):
+        """The blocks did not get into the frames reserved for them: these are free again, and the blocks elsewhere."""
+        self.owners.scatter_(1, moves.frame, FREE)
+        self.frame_of.flatten(1).scatter_(1, moves.block, -1)  # a swap's say where they were to go
+
     def clear(self):
         self.frame_of.fill_(-1)
         self.owners.fill_(FREE)

@@ -6,6 +6,7 @@ batch is in flight; those reports wait in a queue until the next batch begins, w
 reused page can be written.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -30,6 +31,7 @@ from rheoserve_sgl.ops.score import record
 from rheoserve_sgl.runtime.batch import Batch
 from rheoserve_sgl.runtime.latency_model import LatencyModel
 
+logger = logging.getLogger(__name__)
 # The recorder's past fades by this at each step, so that it halves in about 3. Replayed traces of the bundled model hit
 # most with 0.8 to 0.9, and with few frames a slower past keeps what left the selection (docs/LOG.md).
 DECAY = 0.8
@@ -41,6 +43,7 @@ LOAD = (
     *("transactions_decoding", "transactions_waiting", "working_set_pages"),
     *("predicted_step_seconds", "measured_step_seconds", "pauses", "waited_seconds"),
 )
+WARN_STEPS = 256  # between two warnings of the same
 ROUNDING = 0.999  # of an importance that has faded step by step
 
 
@@ -68,7 +71,7 @@ class Coordinator:
         self._freed: list[torch.Tensor] = []
         self._turns: list[tuple[Kept, bool]] = []  # of requests that begin to wait (True), or decode from now on
         self.idle = IdleFrames(pool.residency, pool.host.pages, pool.device)
-        self._steps = 0
+        self._steps, self._warns_at = 0, 0
         self._due = False  # whether an exchange waits for the one before
         self._changed = True  # whether requests joined or left since the last exchange
         # Where blocks move beside the forward pass; None: they move before it.
@@ -79,7 +82,7 @@ class Coordinator:
         self.gpu = None  # the GpuDecode, on a GPU
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
-        self.counts = dict.fromkeys(("decode_steps", "exchanges"), 0)
+        self.counts = dict.fromkeys(("decode_steps", "exchanges", "exchanges_failed"), 0)
         self.attended = Attended(1, pool.device)  # the backend knows how many requests there can be
         self.working_sets: WorkingSets | None = None  # the backend's, too
         self.latency: LatencyModel | None = None  # likewise
@@ -185,7 +188,7 @@ class Coordinator:
             self.working_sets.measure(self.pool.importance, make_batch(), recent, self.attended.counts)
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
-            self._exchange(make_batch())
+            self._move(self._exchange, make_batch())
 
     def _finish_copies(self):
         """Admit what was copied beside the forward pass, if all of it was."""
@@ -205,13 +208,20 @@ class Coordinator:
         Args:
             tables: the step's page table, without padding
         """
-        if self.lane is None or self.lane.busy or self._random is not None:
-            return
+        if self.lane is not None and not self.lane.busy and self._random is None:
+            self._move(self._swap, tables)
+
+    def _swap(self, tables):
         pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
         bound = self._blocks(SWAP_BYTES)
         most = max(bound // pairs, 1)
         newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most, LEAST * self.weight)
-        pool.fill(newest)  # the step writes to these pages: they move in its order, before it
+        try:
+            pool.fill(newest)  # the step writes to these pages: they move in its order, before it
+        except BaseException:
+            pool.residency.cancel(newest)
+            pool.residency.cancel(others)
+            raise
         pool.residency.admit(newest)
         self.lane.start(others, short=most * pairs <= bound)
 
@@ -242,6 +252,20 @@ class Coordinator:
                 # Pages that it shares with requests that went on may matter more by now.
                 importance.index_copy_(1, now, torch.maximum(importance[:, now], was))
         self._turns.clear()
+
+    def _move(self, exchange_or_swap: Callable, request):
+        """Exchange or swap, or go on without: all is in the host store, so what fails here costs speed only."""
+        try:
+            exchange_or_swap(request)
+        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
+            self.counts["exchanges_failed"] += 1
+            if self._steps >= self._warns_at:
+                self._warns_at = self._steps + WARN_STEPS
+                logger.warning(
+                    "RheoServe: an exchange failed, the %d. so far; blocks stay where they are, answers the same: %s",
+                    self.counts["exchanges_failed"],
+                    error,
+                )
 
     def _exchange(self, batch: Batch):
         pool = self.pool

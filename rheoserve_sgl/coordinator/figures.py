@@ -32,10 +32,8 @@ class Figures:
             self._room.copy_(torch.cat(parts), non_blocking=True)
         own = {
             "exchanged_bytes": moved * pool.block_bytes,
-            "exchanges": coordinator.counts["exchanges"],
-            "decode_steps": coordinator.counts["decode_steps"],
             "frames": pool.frame_count * pool.layer_num,
             "frames_used": used,
             "host_pages": pool.host.pages - 1,
         }
-        return seconds | blocks | own | coordinator.load
+        return seconds | blocks | own | coordinator.counts | coordinator.load

@@ -41,7 +41,12 @@ class Lane:
         self._pool.arrived.zero_()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._pool.fill(moves, beside=True)
+            try:
+                self._pool.fill(moves, beside=True)
+            except BaseException:
+                self._moves = None
+                self._pool.residency.cancel(moves)
+                raise
         self._done.record(self._stream)
 
     def finish(self) -> bool:
