@@ -2,7 +2,9 @@
 
 RheoServe against SGLang's own backend with the same device memory for KV, Qwen3-8B's shapes, random weights and random
 prompts; RheoServe's selection is synthetic, of a given churn (synthetic_server.py). For each rate: time to first token,
-time per further token, the longest gap between two, and tokens a second of all requests. Arrivals, lengths of prompts
+time per further token, the longest gap between two, and tokens a second of all requests. With `--limit` requests are
+cut off so many seconds after the first could arrive: tokens count till then, and a request without one as having waited
+till then. Arrivals, lengths of prompts
 and of answers come from the seed alone, so that both systems get the same. `sglang.bench_serving` measures most of it
 by the text that comes back, which token numbers of a model without a tokenizer do not have; so the requests are sent
 from here. `--model` serves a checkpoint as it is, also without a GPU. The last line is JSON.
@@ -49,14 +51,15 @@ def draw_load(rate: float, seconds: float, prompt, answer, vocabulary: int, seed
         load.append((at, tokens, draw.randint(*answer)))
 
 
-async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> dict:
-    """One request's seconds: to its first token, for each further one, and the longest without any."""
+async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, seen: dict) -> None:
+    """Keeps in `seen` one request's seconds: to its first token, for each further one, and the longest without any."""
     body = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
         "stream": True,
     }
-    began, first, last, count, gap = time.perf_counter(), None, None, 0, 0.0
+    began = seen["began"] = time.perf_counter()
+    last, gap = None, 0.0
     async with session.post(url + "/generate", json=body) as reply:
         if reply.status != 200:
             raise RuntimeError(f"{url} answers {reply.status}: {await reply.text()}")
@@ -64,35 +67,36 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], token
             if not line.startswith(b"data: {"):
                 continue
             now = time.perf_counter()
-            gap = max(gap, now - last) if last else gap
-            first, last = first or now, now
-            count = json.loads(line[6:])["meta_info"]["completion_tokens"]
-    if count != tokens:
-        raise RuntimeError(f"asked for {tokens} tokens, got {count}")
-    return {
-        "first": first - began,
-        "each": (last - first) / max(tokens - 1, 1),
-        "gap": gap,
-        "began": began,
-        "ended": last,
-    }
+            gap, last = max(gap, now - last) if last else gap, now
+            seen.setdefault("first", now - began)
+            seen["tokens"] = json.loads(line[6:])["meta_info"]["completion_tokens"]
+    if seen.get("tokens") != tokens:
+        raise RuntimeError(f"asked for {tokens} tokens, got {seen.get('tokens')}")
+    seen |= {"each": (last - began - seen["first"]) / max(tokens - 1, 1), "gap": gap, "ended": last}
 
 
-async def send(url: str, load, limit: float) -> tuple[list[dict], int]:
-    """Figures of the requests that ended, and how many did not within `limit` seconds."""
+async def send(url: str, load, limit: float) -> tuple[list[dict], list[dict]]:
+    """Figures of the requests that ended, and of those that did not within `limit` seconds."""
     timeout = aiohttp.ClientTimeout(total=SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 20) as session:
 
-        async def later(at: float, prompt: list[int], tokens: int) -> dict:
+        async def later(at: float, prompt: list[int], tokens: int, seen: dict):
             await asyncio.sleep(at)
-            return await ask(session, url, prompt, tokens)
+            await ask(session, url, prompt, tokens, seen)
 
-        tasks = [asyncio.create_task(later(*one)) for one in load]
-        done, late = await asyncio.wait(tasks, timeout=limit)
+        figures = [{} for _ in load]
+        tasks = [asyncio.create_task(later(*one, seen)) for one, seen in zip(load, figures, strict=True)]
+        _, late = await asyncio.wait(tasks, timeout=limit)
+        now = time.perf_counter()
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        return [task.result() for task in done], len(late)
+        for task in tasks:
+            if task not in late:
+                task.result()  # raises what it raised
+        for seen in figures:
+            seen["waited"] = seen.get("first", now - seen.get("began", now))
+        return [seen for seen in figures if "ended" in seen], [seen for seen in figures if "ended" not in seen]
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -107,21 +111,22 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
     with Sampler(server) as samples:
         ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
     first, each, gaps = ([one[name] for one in ended] for name in ("first", "each", "gap"))
-    tokens = sum(tokens for _, _, tokens in load) if not late else None
-    span = max((one["ended"] for one in ended), default=time.perf_counter()) - began
+    waited = [one["waited"] for one in (*ended, *late)]
+    span = args.limit if late else max((one["ended"] for one in ended), default=began) - began
     after = rheo_counts(server)
     return {
         "system": system,
         "rate": rate,
         "requests": len(load),
-        "not_ended": late,
-        "ttft_mean": round(statistics.mean(first), 3) if first else None,
-        "ttft_median": round(statistics.median(first), 3) if first else None,
-        "ttft_p99": round(percentile(first, 0.99), 3) if first else None,
+        "not_ended": len(late),
+        "not_begun": sum("first" not in one for one in late),
+        "ttft_mean": round(statistics.mean(waited), 3),  # at least: of those without a token, how long they waited
+        "ttft_median": round(statistics.median(waited), 3),
+        "ttft_p99": round(percentile(waited, 0.99), 3),
         "tpot_ms": round(1000 * statistics.mean(each), 2) if each else None,
         "tpot_p99_ms": round(1000 * percentile(each, 0.99), 2) if each else None,
         "longest_gap": round(statistics.median(gaps), 3) if gaps else None,
-        "tokens_per_second": round(tokens / span, 1) if tokens else None,
+        "tokens_per_second": round(sum(one.get("tokens", 0) for one in (*ended, *late)) / max(span, 1e-9), 1),
         "span_seconds": round(span, 1),
         **{name: round(after[name] - before[name], 4) for name in after},
         **({"step_error": step_error(samples)} if samples else {}),
@@ -171,7 +176,7 @@ def rheo_counts(server: Server) -> dict:
     return {name: state[name] for name in ("device_blocks", "host_blocks", "selected_blocks") if name in state}
 
 
-def flags_of(system: str, args) -> tuple[list[str], list[str] | None]:
+def flags_of(system: str, args, folder: Path) -> tuple[list[str], list[str] | None]:
     """Flags and program of a system."""
     context = ["--context-length", str(args.prompt[1] + args.answer[1] + 64), "--enable-metrics"]
     if args.model:
@@ -183,7 +188,7 @@ def flags_of(system: str, args) -> tuple[list[str], list[str] | None]:
         return [*flags, "--page-size", "64", "--max-total-tokens", str(tokens), "--attention-backend", args.peer], None
     flags += ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
     flags += ["--rheoserve-host-size", str(args.host_gb), "--max-running-requests", str(args.most)]
-    return [*flags, *args.rheo.split()], [sys.executable, str(SYNTHETIC), str(args.churn)]
+    return [*flags, *args.rheo.split()], [sys.executable, str(SYNTHETIC), str(folder / "churn")]
 
 
 def parse() -> argparse.Namespace:
@@ -212,8 +217,9 @@ def main():
         folder = args.logs or Path(folder)
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
+        (folder / "churn").write_text(str(args.churn))
         for system in args.systems:
-            flags, program = flags_of(system, args)
+            flags, program = flags_of(system, args, folder)
             with Server(args.model or folder / "model", flags, folder / f"{system}.log", program=program) as server:
                 server.tokens([[1] * 2048], 8)  # warms up
                 for rate in args.rates:
