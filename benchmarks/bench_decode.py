@@ -1,8 +1,9 @@
 """Decode throughput on a GPU with Qwen3-8B's shapes: SGLang, SGLang with HiCache, and RheoServe, with the same device
 memory for KV.
 
-Real servers, one after another; weights are random (`--load-format dummy`), and so are the prompts. RheoServe's
-selection is synthetic, of a given churn a step (synthetic_server.py); `quest` scores with the random weights instead.
+Real servers, one after another, each for all contexts; weights are random (`--load-format dummy`), and so are the
+prompts. RheoServe's selection is synthetic (synthetic_scores.py): of a given churn a step, or with `--systems traced`
+what a real model selected (traces/); with `--systems quest` it is what the random weights give.
 Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long
 and a short generation after the same cached prompts, so that prefill and HTTP cancel out, and with `--warm` the first
 tokens too, while RheoServe's frames fill: `warm_ms` tells what a step costs then. The last line is JSON.
@@ -53,6 +54,7 @@ DUMMY = [
     *("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", "bfloat16"),
     *("--mem-fraction-static", "0.85", "--sampling-backend", "pytorch"),
 ]
+TRACE = Path(__file__).with_name("traces") / "nano_32k.npz"
 SYNTHETIC = Path(__file__).with_name("synthetic_server.py")
 
 
@@ -61,11 +63,11 @@ def tokens_of(gigabytes: float) -> int:
     return int(gigabytes * 1e9 / TOKEN_BYTES) // 64 * 64
 
 
-def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
+def systems(args, folder: Path) -> dict[str, tuple[list[str], list[str] | None]]:
     """Flags and program of each system that was asked for."""
     tokens = tokens_of(args.device_gb)
     own = ["--page-size", "64", "--max-total-tokens", str(tokens)]
-    host_gb = 1.02 * args.requests * (args.context + 2 * (args.warm + args.steps)) * TOKEN_BYTES / 1e9
+    host_gb = min(1.02 * args.requests * room(max(args.context), args) * TOKEN_BYTES / 1e9, args.host_gb)
     rheo = ["--attention-backend", "rheoserve", "--rheoserve-device-tokens", str(tokens)]
     rheo += [
         "--rheoserve-host-size",
@@ -79,20 +81,19 @@ def systems(args) -> dict[str, tuple[list[str], list[str] | None]]:
         "sglang": ([*own, "--attention-backend", args.peer], None),
         "hicache": ([*own, "--attention-backend", args.peer, *hicache], None),
         "quest": (rheo, None),
+        "rheoserve": (rheo, [sys.executable, str(SYNTHETIC), str(folder / "churn")]),
+        "traced": (rheo, [sys.executable, str(SYNTHETIC), str(args.trace)]),
     }
-    for churn in args.churn:
-        every[f"churn {churn:g}"] = (rheo, [sys.executable, str(SYNTHETIC), str(churn)])
-    wanted = {"rheoserve": [name for name in every if name.startswith("churn")]}
-    names = [name for asked in args.systems for name in wanted.get(asked, [asked])]
-    return {name: every[name] for name in names}
+    return {name: every[name] for name in args.systems}
+
+
+def room(context: int, args) -> int:
+    """Tokens of one request's KV."""
+    return context + 2 * (args.warm + args.steps)
 
 
 def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
-    """Tokens/s of all requests together, after their prompts are cached."""
-    began = time.perf_counter()
-    for prompt in prompts:
-        server.tokens([prompt], 1)
-    prefill = time.perf_counter() - began
+    """Tokens/s of all requests together; their prompts are cached."""
 
     def spent(tokens: int) -> dict:
         """Seconds, and RheoServe's counts, of a generation."""
@@ -116,12 +117,12 @@ def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
         "tokens_per_second": round(statistics.median(rates), 1),
         "step_ms": round(1000 * len(prompts) / statistics.median(rates), 2),
         "warm_ms": round(statistics.median(firsts), 2),
-        "prefill_tokens_per_second": round(sum(map(len, prompts)) / prefill),
-    } | (of_a_step(timed, len(prompts), args) if rheo else {})
+    } | (of_a_step(timed, len(prompts), len(prompts[0]), args) if rheo else {})
 
 
 def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> dict:
     """How the GPU's time of some steps after the warm-up is split; the trace stays in `folder`."""
+    folder.mkdir(exist_ok=True)
     before = server.rheo()["decode_steps"]
     with ThreadPoolExecutor(1) as beside:
         answer = beside.submit(server.tokens, prompts, args.warm + args.steps)
@@ -139,11 +140,11 @@ def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> di
     return {"split_ms": split_step(kernels_of(traces[0]))}
 
 
-def of_a_step(timed: dict, requests: int, args) -> dict:
+def of_a_step(timed: dict, requests: int, context: int, args) -> dict:
     """What RheoServe counted in the timed steps, for each of them."""
     steps = max(timed["decode_steps"], 1)
     visited = timed["host_blocks"]
-    selected = steps * requests * LISTS * min(args.budget, args.context) // 64
+    selected = steps * requests * LISTS * min(args.budget, context) // 64
     return {
         "missed": round(visited / selected, 4),  # of the selection, that is; the share below is of all that is attended
         "host_share": round(visited / max(visited + timed["device_blocks"], 1), 4),
@@ -154,60 +155,84 @@ def of_a_step(timed: dict, requests: int, args) -> dict:
     }
 
 
-def holds(name: str, args) -> int:
+def holds(name: str, context: int, args) -> int:
     """Requests that a system can decode at once."""
-    tokens = args.device_gb * 1e9 / TOKEN_BYTES
-    if name in ("sglang", "hicache"):
-        return max(min(int(tokens // (args.context + 2 * (args.warm + args.steps))), args.requests), 1)
-    return args.requests
+    gigabytes = args.device_gb if name in ("sglang", "hicache") else args.host_gb
+    return max(min(int(gigabytes * 1e9 / TOKEN_BYTES // room(context, args)), args.requests), 1)
 
 
 def run(name: str, args, folder: Path) -> list[dict]:
-    flags, program = systems(args)[name]
-    flags = [
-        *flags,
-        *DUMMY,
-        *(
-            "--context-length",
-            str(args.context + 4 * (args.warm + args.steps)),
-            "--cuda-graph-max-bs",
-            str(args.requests),
-        ),
-    ]
-    prompts = random_prompts(0, [args.context] * holds(name, args))
-    rows = []
+    """Rows of one system: each context, and there each churn and each number of requests."""
+    flags, program = systems(args, folder)[name]
+    most = max(args.context) + 4 * (args.warm + args.steps)
+    flags = [*flags, *DUMMY, "--context-length", str(most), "--cuda-graph-max-bs", str(args.requests)]
+    rheo, rows, churns = "rheoserve" in flags, [], args.churn if name == "rheoserve" else [None]
+    (folder / "churn").write_text(str(args.churn[0]))
     with Server(folder / "model", flags, folder / f"{name}.log", program=program) as server:
-        counts = {count for count in args.counts or (1,) if count <= len(prompts)} | {len(prompts)}
-        for count in sorted(counts, reverse=True):  # of the fewer requests the prompts are cached by then
-            row = {"system": name, "context": args.context, "device_gb": args.device_gb}
-            rheo = "rheoserve" in flags
-            row |= measure(server, prompts[:count], args, rheo)
-            if rheo:  # of the last window of steps in which all of them decoded
-                told = server.rheo()
-                row["predicted_ms"] = round(1000 * told["predicted_step_seconds"], 2)
-                row["windows_ms"] = round(1000 * told["measured_step_seconds"], 2)
-            if rheo and args.profile:
-                row |= profiled(server, prompts[:count], args, folder)
-            print(row, flush=True)
-            rows.append(row)
+        for context in args.context:
+            prompts = random_prompts(0, [context] * holds(name, context, args))
+            server.flush()
+            began = time.perf_counter()
+            for prompt in prompts:
+                server.tokens([prompt], 1)
+            prefill = time.perf_counter() - began
+            counts = {count for count in args.counts or (1,) if count <= len(prompts)} | {len(prompts)}
+            for churn in churns:
+                (folder / "churn").write_text(str(churn))
+                for count in sorted(counts if churn == churns[0] else {len(prompts)}, reverse=True):
+                    row = {"system": name, "context": context, "device_gb": args.device_gb, "churn": churn}
+                    row["prefill_tokens_per_second"] = round(context * len(prompts) / prefill)
+                    row |= measure(server, prompts[:count], args, rheo)
+                    if rheo:  # of the last window of steps in which all of them decoded
+                        told = server.rheo()
+                        row["predicted_ms"] = round(1000 * told["predicted_step_seconds"], 2)
+                        row["windows_ms"] = round(1000 * told["measured_step_seconds"], 2)
+                    if rheo and args.profile and churn == churns[0]:
+                        row |= profiled(server, prompts[:count], args, folder / f"traces-{context}")
+                    print(row, flush=True)
+                    rows.append(row)
     return rows
+
+
+def print_table(rows: list[dict]):
+    head = f"{'system':12s} {'churn':>6s} {'context':>8s} {'requests':>8s} {'tokens/s':>9s} {'step ms':>8s}"
+    print(f"\n{head} {'times SGLang':>12s} {'missed':>8s}")
+    for row in rows:
+        own = [one for one in rows if one["system"] in ("sglang", "hicache") and one["context"] == row["context"]]
+        best = max((one["tokens_per_second"] for one in own), default=None)
+        times = f"{row['tokens_per_second'] / best:.2f}x" if best else ""
+        missed = f"{row['missed']:.3f}" if "missed" in row else ""
+        churn = "" if row["churn"] is None else f"{row['churn']:g}"
+        figures = f"{row['context']:8d} {row['requests']:8d} {row['tokens_per_second']:9.1f} {row['step_ms']:8.2f}"
+        print(f"{row['system']:12s} {churn:>6s} {figures} {times:>12s} {missed:>8s}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=["sglang", "hicache", "rheoserve"])
+    names = ["sglang", "hicache", "rheoserve", "traced", "quest"]
+    parser.add_argument("--systems", nargs="+", default=names[:3], choices=names)
     parser.add_argument("--peer", default="fa3", help="attention backend of SGLang's own")
-    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--context", type=int, nargs="+", default=[32768])
     parser.add_argument("--device-gb", type=float, default=12, help="GB of device memory for KV")
+    parser.add_argument("--host-gb", type=float, default=104, help="GB of RheoServe's host store, at most")
     parser.add_argument("--requests", type=int, default=8, help="at once, where they fit")
     parser.add_argument("--counts", type=int, nargs="*", help="of requests, also measured; default: 1")
-    parser.add_argument("--churn", type=float, nargs="+", default=[0.05], help="of the selection, a step")
+    parser.add_argument(
+        "--churn",
+        type=float,
+        nargs="+",
+        default=[0.05],
+        help="of the selection, a step; after the first one only for all requests at once",
+    )
+    parser.add_argument("--trace", type=Path, default=TRACE, help="a packed trace (traces/pack.py)")
     parser.add_argument("--budget", type=int, default=4096, help="tokens selected per KV head")
     parser.add_argument("--warm", type=int, default=64, help="tokens before those that are timed, at least 2")
     parser.add_argument("--steps", type=int, default=128, help="decode steps timed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")
-    parser.add_argument("--profile", action="store_true", help="split the GPU's time of RheoServe's steps")
+    parser.add_argument(
+        "--profile", action="store_true", help="split the GPU's time of RheoServe's steps (first churn)"
+    )
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     args = parser.parse_args()
     if args.warm < 2:
@@ -217,15 +242,9 @@ def main():
         folder = args.logs or Path(folder)
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
-        for name in systems(args):
+        for name in args.systems:
             rows += run(name, args, folder)
-    best = max((row["tokens_per_second"] for row in rows if row["system"] in ("sglang", "hicache")), default=None)
-    print(f"\n{'system':12s} {'requests':>8s} {'tokens/s':>9s} {'step ms':>8s} {'times SGLang':>12s} {'missed':>10s}")
-    for row in rows:
-        times = f"{row['tokens_per_second'] / best:.2f}x" if best else ""
-        host = f"{row['missed']:.3f}" if "missed" in row else ""
-        figures = f"{row['tokens_per_second']:9.1f} {row['step_ms']:8.2f}"
-        print(f"{row['system']:12s} {row['requests']:8d} {figures} {times:>12s} {host:>10s}")
+    print_table(rows)
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     print(json.dumps({"benchmark": "decode", "options": options, "rows": rows, **describe_machine()}))
 
