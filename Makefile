@@ -9,13 +9,16 @@ DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-device-toke
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: serve test test-gpu lint format bench bench-gpu soak clean
+.PHONY: serve test test-all test-gpu lint format bench bench-gpu soak clean
 
 serve: .venv/ready
 	@$(PY) -m rheoserve_sgl.nano.announce http://127.0.0.1:$(PORT) $$$$ & \
 	exec $(PY) -m sglang.launch_server --model-path $(MODEL) --attention-backend rheoserve --port $(PORT) --sleep-on-idle $(DEMO) $(ARGS)
 
 test: .venv/ready
+	$(PY) -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-all: .venv/ready
 	$(PY) -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: .venv/ready

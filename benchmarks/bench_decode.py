@@ -6,7 +6,8 @@ prompts. RheoServe's selection is synthetic (synthetic_scores.py): of a given ch
 what a real model selected (traces/); with `--systems quest` it is what the random weights give.
 Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long
 and a short generation after the same cached prompts, so that prefill and HTTP cancel out, and with `--warm` the first
-tokens too, while RheoServe's frames fill: `warm_ms` tells what a step costs then. The last line is JSON.
+tokens too, while RheoServe's frames fill: `warm_ms` tells what a step costs then. What one row leaves in RheoServe's
+frames and in what it has learnt about admission the next row finds. The last line is JSON.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import numpy as np
 from machine import describe_machine
 from serving import Server, random_prompts
 from step_split import kernels_of, split_step
@@ -82,7 +84,7 @@ def systems(args, folder: Path) -> dict[str, tuple[list[str], list[str] | None]]
         "hicache": ([*own, "--attention-backend", args.peer, *hicache], None),
         "quest": (rheo, None),
         "rheoserve": (rheo, [sys.executable, str(SYNTHETIC), str(folder / "churn")]),
-        "traced": (rheo, [sys.executable, str(SYNTHETIC), str(args.trace)]),
+        "traced": ([*rheo, "--rheoserve-window-tokens", "256"], [sys.executable, str(SYNTHETIC), str(args.trace)]),
     }
     return {name: every[name] for name in args.systems}
 
@@ -106,16 +108,16 @@ def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
         return {key: value for key, value in server.rheo().items() if key in COUNTS} if rheo else {}
 
     spent(args.warm)
-    rates, firsts, timed = [], [], dict.fromkeys(COUNTS, 0)
+    rates, firsts, timed = [], [], dict.fromkeys((*COUNTS, "seconds"), 0)
     for _ in range(args.repeats):
         nothing, warm, whole = (spent(tokens) for tokens in (1, args.warm, args.warm + args.steps))
         rates.append(len(prompts) * args.steps / (whole["seconds"] - warm["seconds"]))
         firsts.append(1000 * (warm["seconds"] - nothing["seconds"]) / (args.warm - 1))
-        timed = {key: timed[key] + whole.get(key, 0) - warm.get(key, 0) for key in COUNTS}
+        timed = {key: timed[key] + whole.get(key, 0) - warm.get(key, 0) for key in timed}
     return {
         "requests": len(prompts),
         "tokens_per_second": round(statistics.median(rates), 1),
-        "step_ms": round(1000 * len(prompts) / statistics.median(rates), 2),
+        "token_ms": round(1000 * len(prompts) / statistics.median(rates), 2),  # of one request, its waiting included
         "warm_ms": round(statistics.median(firsts), 2),
     } | (of_a_step(timed, len(prompts), len(prompts[0]), args) if rheo else {})
 
@@ -123,6 +125,8 @@ def measure(server: Server, prompts: list[list[int]], args, rheo: bool) -> dict:
 def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> dict:
     """How the GPU's time of some steps after the warm-up is split; the trace stays in `folder`."""
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.json.gz"):
+        old.unlink()
     before = server.rheo()["decode_steps"]
     with ThreadPoolExecutor(1) as beside:
         answer = beside.submit(server.tokens, prompts, args.warm + args.steps)
@@ -132,7 +136,7 @@ def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> di
         server.post("/start_profile", order | {"profile_prefix": f"decode-{len(prompts)}"})
         answer.result()
     deadline = time.time() + 60
-    while not (traces := list(folder.glob(f"decode-{len(prompts)}*.json.gz"))):
+    while not (traces := list(folder.glob(f"decode-{len(prompts)}-*.json.gz"))):
         if time.time() > deadline:
             raise RuntimeError(f"no trace in {folder} after 60 s:\n{server.tail()}")
         time.sleep(0.5)
@@ -142,10 +146,11 @@ def profiled(server: Server, prompts: list[list[int]], args, folder: Path) -> di
 
 def of_a_step(timed: dict, requests: int, context: int, args) -> dict:
     """What RheoServe counted in the timed steps, for each of them."""
-    steps = max(timed["decode_steps"], 1)
+    steps = max(timed["decode_steps"], 1)  # more than were asked for, where requests wait for one another
     visited = timed["host_blocks"]
-    selected = steps * requests * LISTS * min(args.budget, context) // 64
+    selected = args.repeats * args.steps * requests * LISTS * min(args.budget, context) // 64
     return {
+        "step_ms": round(1000 * timed["seconds"] / steps, 2),
         "missed": round(visited / selected, 4),  # of the selection, that is; the share below is of all that is attended
         "host_share": round(visited / max(visited + timed["device_blocks"], 1), 4),
         "host_mb_a_step": round(visited * BLOCK_BYTES / 1e6 / steps, 1),
@@ -159,6 +164,12 @@ def holds(name: str, context: int, args) -> int:
     """Requests that a system can decode at once."""
     gigabytes = args.device_gb if name in ("sglang", "hicache") else args.host_gb
     return max(min(int(gigabytes * 1e9 / TOKEN_BYTES // room(context, args)), args.requests), 1)
+
+
+def window(server: Server) -> tuple[float, float]:
+    """Milliseconds of a step, predicted and measured, of the last window of steps that nobody joined or left."""
+    told = server.rheo()
+    return tuple(round(1000 * told[f"{name}_step_seconds"], 2) for name in ("predicted", "measured"))
 
 
 def run(name: str, args, folder: Path) -> list[dict]:
@@ -182,11 +193,10 @@ def run(name: str, args, folder: Path) -> list[dict]:
                 for count in sorted(counts if churn == churns[0] else {len(prompts)}, reverse=True):
                     row = {"system": name, "context": context, "device_gb": args.device_gb, "churn": churn}
                     row["prefill_tokens_per_second"] = round(context * len(prompts) / prefill)
+                    before = window(server) if rheo else None
                     row |= measure(server, prompts[:count], args, rheo)
-                    if rheo:  # of the last window of steps in which all of them decoded
-                        told = server.rheo()
-                        row["predicted_ms"] = round(1000 * told["predicted_step_seconds"], 2)
-                        row["windows_ms"] = round(1000 * told["measured_step_seconds"], 2)
+                    if rheo and window(server) != before:
+                        row["predicted_ms"], row["windows_ms"] = window(server)
                     if rheo and args.profile and churn == churns[0]:
                         row |= profiled(server, prompts[:count], args, folder / f"traces-{context}")
                     print(row, flush=True)
@@ -195,7 +205,7 @@ def run(name: str, args, folder: Path) -> list[dict]:
 
 
 def print_table(rows: list[dict]):
-    head = f"{'system':12s} {'churn':>6s} {'context':>8s} {'requests':>8s} {'tokens/s':>9s} {'step ms':>8s}"
+    head = f"{'system':12s} {'churn':>6s} {'context':>8s} {'requests':>8s} {'tokens/s':>9s} {'token ms':>8s}"
     print(f"\n{head} {'times SGLang':>12s} {'missed':>8s}")
     for row in rows:
         own = [one for one in rows if one["system"] in ("sglang", "hicache") and one["context"] == row["context"]]
@@ -203,7 +213,7 @@ def print_table(rows: list[dict]):
         times = f"{row['tokens_per_second'] / best:.2f}x" if best else ""
         missed = f"{row['missed']:.3f}" if "missed" in row else ""
         churn = "" if row["churn"] is None else f"{row['churn']:g}"
-        figures = f"{row['context']:8d} {row['requests']:8d} {row['tokens_per_second']:9.1f} {row['step_ms']:8.2f}"
+        figures = f"{row['context']:8d} {row['requests']:8d} {row['tokens_per_second']:9.1f} {row['token_ms']:8.2f}"
         print(f"{row['system']:12s} {churn:>6s} {figures} {times:>12s} {missed:>8s}")
 
 
@@ -237,6 +247,8 @@ def main():
     args = parser.parse_args()
     if args.warm < 2:
         parser.error(f"--warm is {args.warm}; legal: at least 2")
+    if "traced" in args.systems and min(args.context) // 64 < (pages := int(np.load(args.trace)["pages"])):
+        parser.error(f"--context is {min(args.context)}; legal with --trace {args.trace}: at least {64 * pages}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = args.logs or Path(folder)

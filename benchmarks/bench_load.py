@@ -4,7 +4,7 @@ RheoServe against SGLang's own backend with the same device memory for KV, Qwen3
 prompts; RheoServe's selection is synthetic, of a given churn (synthetic_server.py). For each rate: time to first token,
 time per further token, the longest gap between two, and tokens a second of all requests. With `--limit` requests are
 cut off so many seconds after the first could arrive: tokens count till then, and a request without one as having waited
-till then. Arrivals, lengths of prompts
+till then. Times per further token are of requests that ended. Arrivals, lengths of prompts
 and of answers come from the seed alone, so that both systems get the same. `sglang.bench_serving` measures most of it
 by the text that comes back, which token numbers of a model without a tokenizer do not have; so the requests are sent
 from here. `--model` serves a checkpoint as it is, also without a GPU. The last line is JSON.
@@ -94,8 +94,9 @@ async def send(url: str, load, limit: float) -> tuple[list[dict], list[dict]]:
         for task in tasks:
             if task not in late:
                 task.result()  # raises what it raised
+        figures = [seen for seen in figures if seen]  # without those that were not sent
         for seen in figures:
-            seen["waited"] = seen.get("first", now - seen.get("began", now))
+            seen["waited"] = seen.get("first", now - seen["began"])
         return [seen for seen in figures if "ended" in seen], [seen for seen in figures if "ended" not in seen]
 
 
@@ -106,13 +107,16 @@ def percentile(values: list[float], share: float) -> float:
 def measure(server: Server, system: str, rate: float, args) -> dict:
     config = json.loads((args.model / "config.json").read_text()) if args.model else QWEN3_8B
     load = draw_load(rate, args.seconds, args.prompt, args.answer, config["vocab_size"], args.seed)
+    limit = args.limit or SECONDS
+    if not load:
+        raise ValueError(f"--rates {rate:g} and --seconds {args.seconds:g} make no request with --seed {args.seed}")
     began = time.perf_counter()
     before = rheo_counts(server)
     with Sampler(server) as samples:
-        ended, late = asyncio.run(send(server.url, load, args.limit or SECONDS))
+        ended, late = asyncio.run(send(server.url, load, limit))
     first, each, gaps = ([one[name] for one in ended] for name in ("first", "each", "gap"))
     waited = [one["waited"] for one in (*ended, *late)]
-    span = args.limit if late else max((one["ended"] for one in ended), default=began) - began
+    span = limit if late else max(one["ended"] for one in ended) - began
     after = rheo_counts(server)
     return {
         "system": system,

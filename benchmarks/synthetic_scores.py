@@ -118,7 +118,7 @@ class Drawn:
 
 
 class Traced:
-    """Logits by which exactly what a packed trace selected is selected, if the budget is the trace's."""
+    """Logits by which what a packed trace selected is selected, if budget, sink and window are the trace's."""
 
     def __init__(self, path: Path):
         trace = np.load(path)

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for a GPU that need not be here: `python compile_kernels.py 90` (its compute capability).
+"""Compile every Triton kernel for GPUs that need not be here: `python compile_kernels.py 80 90` (compute capabilities).
 
 Launches are turned into compilations, so that each kernel is compiled with the arguments it is called with.
 """
@@ -16,6 +16,7 @@ from rheoserve_sgl.coordinator.swap import Ranking
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, quiet, score, snapshot, swap, tables
+from rheoserve_sgl.ops.gpu.early import early
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 
 LAYERS, BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 2, 3, 2, 4, 512, 9, 5
@@ -32,7 +33,7 @@ class Elsewhere:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        return self.capability  # by which compiled kernels are kept
 
     def get_current_stream(self, device=None):
         return 0
@@ -49,6 +50,7 @@ def compile_instead(launch):
     def run(self, *args, **kwargs):
         kernel = launch(self, *args, **{**kwargs, "warmup": True})
         assert kernel.asm["cubin"], self.__name__
+        assert kernel.metadata.target == driver.active.get_current_target(), self.__name__
         compiled.append(self.__name__)
 
     return run
@@ -103,15 +105,15 @@ def launch_all(dtype: torch.dtype, dim: int):
 
 
 def main():
-    capability = int(sys.argv[1])
-    driver.set_active(Elsewhere(capability))
-    if capability >= 90:
-        for module in (append, attend, gate, plan, score):
-            module.early = lambda device: {"EARLY": True, "launch_pdl": True}
     JITFunction.run = compile_instead(JITFunction.run)
-    for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80)):
-        launch_all(dtype, dim)
-    print(len(compiled), "compiled:", *sorted(set(compiled)))
+    for capability in map(int, sys.argv[1:]):
+        driver.set_active(Elsewhere(capability))
+        for module in (append, attend, gate, plan, score):
+            module.early = early if capability < 90 else lambda device: {"EARLY": True, "launch_pdl": True}
+        for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80)):
+            launch_all(dtype, dim)
+        print(capability, len(compiled), "compiled:", *sorted(set(compiled)))
+        compiled.clear()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -79,6 +79,14 @@ class Server:
             )
 
     def __enter__(self):
+        try:
+            return self.ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def ready(self) -> "Server":
+        """Waits until it answers. Raises RuntimeError with the log's end if it exits, or takes too long."""
         deadline = time.time() + START_SECONDS
         while time.time() < deadline:
             if self.process.poll() is not None:
@@ -89,22 +97,21 @@ class Server:
             except requests.RequestException:
                 pass
             time.sleep(0.5)
-        self.stop()
         raise RuntimeError(f"the server was not ready in {START_SECONDS} s:\n{self.tail()}")
 
     def __exit__(self, *_):
         self.stop()
 
     def stop(self):
-        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
+        """Kills it: going down in good order takes SGLang ten seconds, and has a test of its own."""
+        if self.process.poll() is None:
+            family = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
-        for child in children:
-            if child.is_running():
-                child.kill()
+            for child in family:
+                if child.is_running():
+                    child.kill()
+            psutil.wait_procs(family, timeout=20)
+        self.process.wait()
 
     def tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -175,6 +182,15 @@ class Watch:
 def random_prompts(seed: int, lengths) -> list[list[int]]:
     generator = random.Random(seed)
     return [[generator.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@contextmanager
+def together(*servers: Server):
+    """Servers that were begun one right after another, when all are ready."""
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        yield [server.ready() for server in servers]
 
 
 def rheo_server(model: Path, args: list[str], folder: Path, env: dict | None = None) -> Server:

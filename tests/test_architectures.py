@@ -33,7 +33,9 @@ SHAPE = {
     [
         (LlamaConfig(**SHAPE), []),
         (Qwen2Config(**SHAPE), ["--tp-size", "2"]),
-        (MistralConfig(**SHAPE, sliding_window=None), ["--rheoserve-mode", "balanced"]),
+        pytest.param(
+            MistralConfig(**SHAPE, sliding_window=None), ["--rheoserve-mode", "balanced"], marks=pytest.mark.slow
+        ),
     ],
     ids=["llama", "qwen2-tp2", "mistral"],
 )

@@ -98,27 +98,24 @@ def test_sigterm_while_busy_lets_answers_end_and_leaves_no_process(checkpoints, 
         assert not left, left
 
 
-def test_exchanges_that_fail_change_no_answer(checkpoints, tmp_path, full):
-    """Blocks whose copy failed are attended to where they are; frames are given back."""
+def test_failing_exchanges_change_no_answer_and_a_killed_scheduler_ends_the_server(checkpoints, tmp_path, full):
+    """Blocks whose copy failed are attended to where they are; worker threads end with their process only, and nobody
+    waits for it for ever."""
     args = ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.4", "--rheoserve-mode", "full"]
     args += ["--rheoserve-device-tokens", "512", "--rheoserve-exchange-interval", "2", "--rheoserve-canary", "raise"]
-    args += ["--dtype", "float32", "--enable-metrics"]
     program = [sys.executable, str(Path(__file__).with_name("failing_exchange_server.py"))]
     prompts = random_prompts(54, [700, 1500])
     expected = full.tokens(prompts, 60)
-    with Server(checkpoints.path(), args, tmp_path / "log", program=program) as server:
+    server = Server(checkpoints.path(), [*args, "--enable-metrics"], tmp_path / "log", program=program)
+    with server:
         assert server.tokens(prompts, 60) == expected
         state = server.settle()
         assert 0 < state["exchanges_failed"] < state["exchanges"] and state["exchanged_blocks"] > 0
         assert state["frames_used"] == state["host_pages_used"] == 0
         assert server.metrics()["sglang:rheoserve_exchanges_failed_total"] == state["exchanges_failed"]
-        assert "an exchange failed" in (tmp_path / "log").read_text()
+        assert "an exchange failed" in server.log.read_text()
 
-
-def test_a_scheduler_that_is_killed_ends_the_server_and_its_requests(checkpoints, tmp_path):
-    """Worker threads end with their process only; nobody waits for it for ever."""
-    with rheo_server(checkpoints.path(), ["--rheoserve-mode", "full"], tmp_path) as server:
-        asked = Ask(server, random_prompts(55, [900])[0], 2000)
+        asked = Ask(server, prompts[0], 2000)
         wait_for_decoding(server)
         family = psutil.Process(server.process.pid).children(recursive=True)
         scheduler = next(one for one in family if "scheduler" in "".join(one.cmdline()))

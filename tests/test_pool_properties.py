@@ -30,7 +30,7 @@ class SlowLane:
 
     def __init__(self, pool):
         self.pool, self.moves, self.copied, self.more = pool, None, False, None
-        self.short = self.still = False
+        self.short = self.still = self.fails = False
 
     @property
     def busy(self):
@@ -38,6 +38,9 @@ class SlowLane:
 
     def start(self, moves, more=None, short=False):
         assert not self.busy
+        if self.fails:
+            self.pool.residency.cancel(moves)
+            raise RuntimeError("no memory")
         self.moves, self.copied, self.more, self.short = moves, False, more, short
 
     def copy(self):
@@ -85,6 +88,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.tree = set()  # pages that the radix tree holds
         self.shadow = {}  # (layer, page) -> [HEADS, 2, 64, DIM]
         self.filled = {}  # page -> valid tokens
+        self.failed = 0  # exchanges and swaps that were made to fail
 
     def held(self):
         """Pages of all requests, as the runtime controller gives them."""
@@ -186,22 +190,30 @@ class PoolMachine(RuleBasedStateMachine):
                 return
         self.pool.exchange((wanted & running[None, :, None]).to(self.device), 10**6)
 
-    @precondition(lambda self: self.lens and self.pool.coordinator.lane is None)
-    @rule(at=st.integers(0, LAYERS - 1))
-    def exchange_fails(self, at):
-        """Copies into frames fail, of some layer and all after it."""
-        frames = self.pool.frames
-        copy = frames.fill
+    @precondition(lambda self: self.lens)
+    @rule(aside=st.booleans(), copied=st.booleans())
+    def copies_fail(self, aside, copied):
+        """Those before a step, or those beside it; what was copied by then is forgotten."""
+        pool, coordinator = self.pool, self.pool.coordinator
+        fill, lane, failed = pool.fill, coordinator.lane, coordinator.counts["exchanges_failed"]
+        aside = aside and lane is not None
 
-        def fill(layer, frame, blocks):
-            if layer >= at:
+        def failing(moves, beside=False):
+            if copied or beside != aside:
+                fill(moves, beside)
+            if beside == aside:
                 raise RuntimeError("no memory")
-            copy(layer, frame, blocks)
 
-        frames.fill = fill
-        self.pool.coordinator.batch_changed()
+        if aside and isinstance(lane, SlowLane):
+            lane.fails = True  # copies later than it is asked to
+        else:
+            pool.fill = failing
+        coordinator.batch_changed()
         self.decode()
-        frames.fill = copy
+        pool.fill = fill
+        if isinstance(lane, SlowLane):
+            lane.fails = False
+        self.failed += coordinator.counts["exchanges_failed"] - failed
 
     @rule()
     def blocks_arrive(self):
@@ -294,6 +306,7 @@ class PoolMachine(RuleBasedStateMachine):
         stats = pool.coordinator.stats(len(self.allocator.free_pages))
         if isinstance(lane, SlowLane):
             lane.still = False
+        assert stats["exchanges_failed"] == self.failed
         live = set(self.filled)
         # Host pages in use + free = all.
         assert stats["host_pages_used"] == len(live)

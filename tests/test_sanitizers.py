@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = "10"
+SECONDS = "6"
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,7 +1,7 @@
 """Against dense attention: greedy tokens of a real server equal torch_native's and transformers'."""
 
 import pytest
-from serving import Server, check_transformers, random_prompts, rheo_server
+from serving import Server, check_transformers, random_prompts, rheo_server, together
 
 pytestmark = pytest.mark.server
 
@@ -24,7 +24,7 @@ def check_equal(server, expected):
     assert server.tokens(random_prompts(2, LENGTHS[:8]), NEW_TOKENS) == batch
     counts = server.rheo()
     assert counts["host_blocks"] > 0 < counts["device_blocks"]  # both tiers were at work
-    assert counts["exchanges"] > 0
+    assert counts["exchanges"] > 0 == counts["exchanges_failed"]
     after = server.settle()
     assert after["frames_used"] == after["host_pages_used"] == 0
 
@@ -79,7 +79,7 @@ def test_odd_shapes_equal_transformers(checkpoints, tmp_path):
         check_transformers(server, path)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_logits_in_16_bits_agree_within_rounding(dtype, dense, checkpoints, tmp_path):
     """Log probabilities in 16 bits, ours and torch_native's, next to fp32's.
 
@@ -88,23 +88,15 @@ def test_logits_in_16_bits_agree_within_rounding(dtype, dense, checkpoints, tmp_
     # Log probabilities of ids that decode produced: ask for them again with the answer as prompt.
     prompts = random_prompts(4, (65, 300, 2100))
     exact = dense.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
-    short = ["--dtype", dtype]
-    with rheo_server(checkpoints.path(), [*FEW_FRAMES, "--rheoserve-mode", "full", *short], tmp_path) as server:
-        ours = server.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
+    short = ["--dtype", dtype, "--page-size", "64", "--max-total-tokens", "16384"]
+    native = Server(checkpoints.path(), ["--attention-backend", "torch_native", *short], tmp_path / "native")
+    rheo = rheo_server(checkpoints.path(), [*FEW_FRAMES, "--rheoserve-mode", "full", *short[:2]], tmp_path)
+    with together(native, rheo):
+        theirs = native.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
+        ours = rheo.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
         # The step after a shared prefix: decode's log probability against prefill's of the same token.
         tokens = [prompt + answer["output_ids"] for prompt, answer in zip(prompts, ours, strict=True)]
-        again = server.generate(tokens, 1, return_logprob=True, logprob_start_len=0)
-    native = [
-        "--attention-backend",
-        "torch_native",
-        "--page-size",
-        "64",
-        "--max-total-tokens",
-        "16384",
-        *short,
-    ]
-    with Server(checkpoints.path(), native, tmp_path / "native") as server:
-        theirs = server.generate(prompts, 8, return_logprob=True, logprob_start_len=0)
+        again = rheo.generate(tokens, 1, return_logprob=True, logprob_start_len=0)
     mine, reference = mean_error(ours, exact), mean_error(theirs, exact)
     assert mine <= 1.25 * reference + 1e-3, f"mean |log p - fp32's|: ours {mine:.5f}, torch_native's {reference:.5f}"
     for answer, replay in zip(ours, again, strict=True):

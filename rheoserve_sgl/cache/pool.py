@@ -138,10 +138,10 @@ class TwoTierKVPool(MHATokenToKVPool):
         moves = self.residency.reserve(arriving, most)
         try:
             self.fill(moves)
+            self.residency.admit(moves)
         except BaseException:
             self.residency.cancel(moves)
             raise
-        self.residency.admit(moves)
 
     def fill(self, moves: Moves, beside: bool = False):
         """Copy blocks from the host store into the frames reserved for them.
@@ -149,17 +149,17 @@ class TwoTierKVPool(MHATokenToKVPool):
         Args:
             beside: whether other work on the GPU goes on meanwhile
         """
-        self.moved += moves.count.sum()
         if moves.block.is_cuda:
             from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, fill_frames
 
             how = (BESIDE, self.arrived) if beside else (ALONE, None)
             fill_frames(*self._addresses, self.block_bytes, moves, *how)
-            return
-        for index, count in enumerate(moves.count.tolist()):
-            if count:
-                blocks = self.host.blocks(index).index_select(0, moves.block[index, :count])
-                self.frames.fill(index, moves.frame[index, :count], blocks)
+        else:
+            for index, count in enumerate(moves.count.tolist()):
+                if count:
+                    blocks = self.host.blocks(index).index_select(0, moves.block[index, :count])
+                    self.frames.fill(index, moves.frame[index, :count], blocks)
+        self.moved += moves.count.sum()
 
     def clear(self):
         """Forget all pages (flush_cache)."""

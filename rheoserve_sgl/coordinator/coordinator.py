@@ -188,7 +188,7 @@ class Coordinator:
             self.working_sets.measure(self.pool.importance, make_batch(), recent, self.attended.counts)
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
-            self._move(self._exchange, make_batch())
+            self._move(self._exchange, make_batch)
 
     def _finish_copies(self):
         """Admit what was copied beside the forward pass, if all of it was."""
@@ -209,20 +209,21 @@ class Coordinator:
             tables: the step's page table, without padding
         """
         if self.lane is not None and not self.lane.busy and self._random is None:
-            self._move(self._swap, tables)
+            self._move(self.swap_now, tables)
 
-    def _swap(self, tables):
+    def swap_now(self, tables):
+        """As `swap`, at any time. Raises what went wrong."""
         pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
         bound = self._blocks(SWAP_BYTES)
         most = max(bound // pairs, 1)
         newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most, LEAST * self.weight)
         try:
             pool.fill(newest)  # the step writes to these pages: they move in its order, before it
+            pool.residency.admit(newest)
         except BaseException:
             pool.residency.cancel(newest)
             pool.residency.cancel(others)
             raise
-        pool.residency.admit(newest)
         self.lane.start(others, short=most * pairs <= bound)
 
     def record(self, layer: int, batch: Batch, log_scores: torch.Tensor, chosen: torch.Tensor | None = None):
@@ -253,22 +254,22 @@ class Coordinator:
                 importance.index_copy_(1, now, torch.maximum(importance[:, now], was))
         self._turns.clear()
 
-    def _move(self, exchange_or_swap: Callable, request):
+    def _move(self, exchange_or_swap: Callable, steps_table):
         """Exchange or swap, or go on without: all is in the host store, so what fails here costs speed only."""
         try:
-            exchange_or_swap(request)
+            exchange_or_swap(steps_table)
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
             self.counts["exchanges_failed"] += 1
             if self._steps >= self._warns_at:
                 self._warns_at = self._steps + WARN_STEPS
                 logger.warning(
-                    "RheoServe: an exchange failed, the %d. so far; blocks stay where they are, answers the same: %s",
+                    "RheoServe: an exchange failed, the %d. so far; its blocks are attended to in host memory: %s",
                     self.counts["exchanges_failed"],
                     error,
                 )
 
-    def _exchange(self, batch: Batch):
-        pool = self.pool
+    def _exchange(self, make_batch: Callable[[], Batch]):
+        pool, batch = self.pool, make_batch()
         worth = rank_blocks(
             pool.importance,
             pool.residency.frame_of >= 0,

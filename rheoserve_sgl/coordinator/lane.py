@@ -35,19 +35,21 @@ class Lane:
         """
         self._moves = moves  # also keeps them alive while the stream reads them
         self._short = short
-        self._more.fill_(False)
-        if more is not None:
-            self._more.copy_(more, non_blocking=True)
-        self._pool.arrived.zero_()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            try:
+        forward = torch.cuda.current_stream()
+        try:
+            self._more.fill_(False)
+            if more is not None:
+                self._more.copy_(more, non_blocking=True)
+            self._pool.arrived.zero_()
+            self._stream.wait_stream(forward)
+            with torch.cuda.stream(self._stream):
                 self._pool.fill(moves, beside=True)
-            except BaseException:
-                self._moves = None
-                self._pool.residency.cancel(moves)
-                raise
-        self._done.record(self._stream)
+            self._done.record(self._stream)
+        except BaseException:
+            forward.wait_stream(self._stream)  # what began to copy must not write to frames that are free again
+            self._pool.residency.cancel(moves)
+            self._moves = None
+            raise
 
     def finish(self) -> bool:
         """Admit what was copied, if all of it was; does not wait. Returns whether other blocks wait for their turn.

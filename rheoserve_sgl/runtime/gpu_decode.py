@@ -39,7 +39,7 @@ class GpuDecode:
         self.asker = Asker(exchange, self.seconds, self.layers)
         self.step = GpuStep(pool, rules, exchange, self.asker, totals=self.coordinator.attended.counts)
         self.coordinator.gpu = self
-        self.coordinator.swap(self.step.tables.rows(1))  # of no request: compiles what runs outside CUDA graphs
+        self.coordinator.swap_now(self.step.tables.rows(1))  # of no request: compiles what runs outside CUDA graphs
         torch.cuda.synchronize()
         self.coordinator.lane.finish()
 

@@ -15,7 +15,7 @@ COUNTERS = {
     "host_blocks": "Blocks that the CPU attended to in place, over all layers and KV heads.",
     "selected_blocks": "Blocks that were selected, over all layers and KV heads; the CPU visited some.",
     "exchanges": "Exchanges of blocks between the tiers; swaps of a step are not counted.",
-    "exchanges_failed": "Exchanges that failed, for want of memory perhaps: they cost speed, and no answer.",
+    "exchanges_failed": "Exchanges and swaps that failed, for want of memory perhaps: they cost speed, and no answer.",
     "exchanged_bytes": "Bytes copied from the host store into frames.",
     "pauses": "Times that a request which decoded had to wait for others.",
     "waited_seconds": "Seconds that prefilled requests waited before they decoded, or decoded again.",
