@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from sglang.srt.distributed import get_world_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.attended import Attended
 from rheoserve_sgl.coordinator.working_set import WorkingSets
@@ -18,12 +18,12 @@ from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
 from rheoserve_sgl.ops.workers import cpu_variant
 from rheoserve_sgl.refusals import attention_layers, refuse_layers
-from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.batch import Batch, pages_of
 from rheoserve_sgl.runtime.calibration import calibrate
 from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
 from rheoserve_sgl.runtime.telemetry import observe
-from rheoserve_sgl.runtime.writes import Writes
+from rheoserve_sgl.runtime.writes import Writes, places, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,9 @@ class RheoAttnBackend(AttentionBackend):
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
         self.writes: Writes | None = None
-        self.prefilled: torch.Tensor | None = None  # `[n]` pages of the requests in a prefill
+        # Of a prefill: pages of its requests `[n]`, and where in its tokens each one's last is, `[batch]`.
+        self.prefilled: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
         self.staging, self.behind = self._lanes()
         first, *_ = attention_layers(model_runner.model).values()
         group = first.tp_q_head_num // self.token_to_kv_pool.head_num
@@ -82,14 +84,22 @@ class RheoAttnBackend(AttentionBackend):
             self.budgets = self.limits.pages[self.batch.requests]
             self.coordinator.begin_decode(lambda: self.batch)
         else:
-            lengths = forward_batch.extend_seq_lens_cpu
-            self.writes = Writes.of_extend(self.batch, forward_batch.extend_prefix_lens_cpu, lengths)
-            prefilled = torch.tensor([new > 1 for new in lengths], device=self.batch.pages.device)
-            self.prefilled = self.batch.pages[self.batch.valid & prefilled[:, None]]
-            self.coordinator.begin_extend(self.batch.pages, self.writes.pages[self.writes.before == 0])
+            prefixes, lengths = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+            self._begin_extend(prefixes, lengths)
             if self.staging is not None:
-                lists = zip(self.batch.pages, forward_batch.extend_prefix_lens_cpu, lengths, strict=True)
+                lists = zip(self.batch.pages, prefixes, lengths, strict=True)
                 self.staging.begin([(pages[: pages_of(before)], before) for pages, before, new in lists if new])
+
+    def _begin_extend(self, prefixes: list[int], lengths: list[int]):
+        """Where the new tokens of a prefill go, and frames for them."""
+        pages, device = self.batch.pages, self.batch.pages.device
+        self.writes = Writes.of_extend(self.batch, prefixes, lengths)
+        # One new token is a decode step in a mixed batch.
+        counts = [pages_of(before + new) if new > 1 else 0 for before, new in zip(prefixes, lengths, strict=True)]
+        row, at = to_device(places(torch.tensor(counts)), device)
+        self.prefilled = pages[row, at]
+        self.last = to_device(torch.tensor([max(end - 1, 0) for end in accumulate(lengths)]), device)
+        self.coordinator.begin_extend(pages, self.writes.fresh)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
         """Nothing: what graphs are captured over exists for as many requests as can run."""
@@ -185,7 +195,7 @@ class RheoAttnBackend(AttentionBackend):
         if self.behind is not None and (index == pool.layer_num - 1 or reads_store):
             self.behind.join()
         if save_kv_cache and self.selects:
-            self._summarise(index, q, k, lengths, layer)
+            self._summarise(index, q, k, layer)
         return out.view(len(out), -1)
 
     def _store(self, layer, forward_batch, k, v):
@@ -207,16 +217,19 @@ class RheoAttnBackend(AttentionBackend):
             prefix = pool.host.gather(index, pages[: pages_of(before)].cpu())[:, :, :before].to(pool.device)
         return prefill_attention(q, k, v, prefix, scale)
 
-    def _summarise(self, index: int, q: torch.Tensor, k: torch.Tensor, lengths: list[int], layer):
-        """Gate keys of the pages that were written, and a first importance from each last query."""
+    def _summarise(self, index: int, q: torch.Tensor, k: torch.Tensor, layer):
+        """Gate keys of the pages that were written, and a first importance from each last query.
+
+        Once a layer, so nothing here may wait for a GPU: it would stand still until the next layer is launched.
+        """
         pool, batch = self.token_to_kv_pool, self.batch
         tapped = self.taps and self.taps.of_layer(layer.layer_id)
         pool.gate.refresh(pool, index, self.writes, k, tapped)
         if self.config.mode == "balanced":
-            last = (torch.tensor(lengths, device=q.device).cumsum(0) - 1).clamp(min=0)
-            heads = q[last].float().reshape(len(lengths), pool.head_num, -1, layer.head_dim)
-            scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(last))
-            pool.importance[index, self.prefilled] = 0.0  # of earlier chunks: the last one's query counts
+            heads = q[self.last].float().reshape(len(self.last), pool.head_num, -1, layer.head_dim)
+            scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(self.last))
+            # Of earlier chunks nothing stays: the last one's query counts.
+            pool.importance[index].index_fill_(0, self.prefilled, 0.0)
             self.coordinator.record(index, batch, scores)
 
     def _lanes(self):
@@ -260,10 +273,6 @@ class RheoAttnBackend(AttentionBackend):
         taps = RopeTaps(model)
         pool.gate.prepare(rope_table(taps.rotary), len(self.req_to_token_pool.req_to_token), pool.head_dim)
         return taps
-
-
-def pages_of(tokens: int) -> int:
-    return (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
 
 
 def decode_rule(config) -> Rule:

@@ -15,9 +15,10 @@ from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.coordinator.swap import Ranking
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, attend, gate, gather, move, plan, quiet, score, snapshot, swap, tables
+from rheoserve_sgl.ops.gpu import append, attend, fold, gate, gather, move, plan, quiet, score, snapshot, swap, tables
 from rheoserve_sgl.ops.gpu.early import early
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
+from rheoserve_sgl.runtime.writes import Writes
 
 LAYERS, BATCH, KV_HEADS, GROUP, PAGES, ALL_PAGES, SLOTS = 2, 3, 2, 4, 512, 9, 5
 compiled = []
@@ -101,6 +102,8 @@ def launch_all(dtype: torch.dtype, dim: int):
     weights = GateWeights(*matrices, *torch.zeros(2, dim), torch.zeros(9, dim))
     gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
     running = torch.zeros(SLOTS, KV_HEADS, 3, dim)
+    ints = torch.zeros(BATCH, dtype=torch.int32)
+    fold.fold_gpu(k, Writes(loc, loc, loc, ints, ints, loc, 1, False), running)
     gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim))
 
 

@@ -13,10 +13,11 @@ from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_torch
 from rheoserve_sgl.ops.attention import attend_torch
-from rheoserve_sgl.ops.attn_gate import gate_keys_torch
+from rheoserve_sgl.ops.attn_gate import fold_torch, gate_keys_torch
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.fold import fold_gpu
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
 from rheoserve_sgl.ops.gpu.move import BESIDE
@@ -337,6 +338,21 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling):
     torch.testing.assert_close(mine[1].cpu(), theirs[1], rtol=1e-4, atol=1e-5)
     incomplete = where[[0, 3, 4]]
     assert torch.equal(mine[0].cpu()[incomplete], theirs[0][incomplete])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_folding_the_keys_of_a_prefill_has_torchs_bits(dtype):
+    torch.manual_seed(8)
+    prefixes, lengths = [0, 70, 64, 130, 0], [1, 130, 0, 60, 200]
+    _, _, _, batch = make_batch([max(a + b, 1) for a, b in zip(prefixes, lengths, strict=True)], 12, 512, 60)
+    writes = Writes.of_extend(batch, prefixes, lengths)
+    plain, running = torch.randn(sum(lengths), 2, 80).to(dtype), torch.randn(20, 2, 3, 80)
+    plain[40, 1, 7] = torch.nan
+    folded = fold_gpu(plain.to(DEVICE), moved(writes, DEVICE), running.to(DEVICE))
+    expected = fold_torch(plain.float(), writes, running)
+    assert torch.equal(folded.cpu().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    nothing = Writes.of_extend(batch, prefixes, [0] * 5)
+    assert fold_gpu(plain[:0].to(DEVICE), moved(nothing, DEVICE), running.to(DEVICE)).shape == (0, 2, 3, 80)
 
 
 @pytest.mark.parametrize("keys", ["max_min", "mean"])

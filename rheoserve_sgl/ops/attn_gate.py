@@ -29,12 +29,19 @@ def gate_keys(weights: GateWeights, plain, writes: Writes, running, quick, threa
     if quick.device.type == "cpu":
         gate_keys_cpu(weights, plain, writes, running, quick, threads)
     else:
-        gate_keys_torch(weights, plain, writes, running, quick)
+        from rheoserve_sgl.ops.gpu.fold import fold_gpu
+
+        _keep(weights, fold_gpu(plain, writes, running), writes, running, quick)
 
 
 def gate_keys_torch(weights: GateWeights, plain, writes: Writes, running, quick):
+    _keep(weights, fold_torch(plain, writes, running), writes, running, quick)
+
+
+def fold_torch(plain, writes: Writes, running) -> torch.Tensor:
+    """Max, min and sum over all tokens of each page that was written, `[n, kv_heads, 3, head_dim]` float32."""
     fresh = (writes.before == 0)[:, None, None]
-    high, low, total = (part.squeeze(2) for part in running[writes.requests].split(1, 2))
+    high, low, total = running[writes.requests].unbind(2)
     high = high.masked_fill(fresh, -torch.inf)
     low = low.masked_fill(fresh, torch.inf)
     total = total.masked_fill(fresh, 0.0)
@@ -45,13 +52,19 @@ def gate_keys_torch(weights: GateWeights, plain, writes: Writes, running, quick)
         high = torch.where(more, torch.maximum(high, key), high)
         low = torch.where(more, torch.minimum(low, key), low)
         total = torch.where(more, total + key, total)
+    return torch.stack((high, low, total), 2)
+
+
+def _keep(weights: GateWeights, folded, writes: Writes, running, quick):
+    """Keys of the pages that are complete, zeros for others; these are remembered as they are."""
+    high, low, total = folded.unbind(2)
     complete = (writes.filled == PAGE_TOKENS)[:, None, None]
     pooled = {"max": high, "min": low, "avg": total / PAGE_TOKENS}
     keys = project_key(weights, torch.cat([pooled[part] for part in weights.parts], -1), writes.key_position)
     quick[writes.pages] = keys.where(complete, 0.0)
     # Of a request's pages only the last can be incomplete; the others' values go to nobody's.
     slot = torch.where(complete[:, 0, 0], len(running) - 1, writes.requests)
-    running[slot] = torch.stack((high, low, total), 2)
+    running[slot] = folded
 
 
 def gate_keys_cpu(weights: GateWeights, plain, writes: Writes, running, quick, threads: int = 1):

@@ -7,6 +7,11 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS
 
 
+def pages_of(tokens):
+    """Pages of so many tokens, a number or a tensor."""
+    return (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
+
+
 @dataclass(frozen=True)
 class Batch:
     """The page table of a batch, built once a step and read by every layer.
@@ -38,8 +43,7 @@ class Batch:
             seq_lens: `[batch]` tokens of each request, the new ones included, at least 1
             longest: the largest of seq_lens, known on the host
         """
-        n_pages = (seq_lens + PAGE_TOKENS - 1) // PAGE_TOKENS
-        width = (longest + PAGE_TOKENS - 1) // PAGE_TOKENS
+        n_pages, width = pages_of(seq_lens), pages_of(longest)
         at = torch.arange(width, device=req_to_token.device)
         valid = at < n_pages[:, None]
         newest = n_pages[:, None] - 1

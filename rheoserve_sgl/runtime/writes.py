@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.batch import Batch, pages_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Writes:
     key_position: `[n]` int64, where a learned gate rotates the page's key
     most_new: the largest of filled - before, known on the host
     whole: whether no page had tokens before, known on the host
+    fresh: `[m]` int64, of a prefill: those of the pages that had no tokens before
     """
 
     pages: torch.Tensor
@@ -29,6 +30,7 @@ class Writes:
     key_position: torch.Tensor
     most_new: int
     whole: bool
+    fresh: torch.Tensor | None = None
 
     @classmethod
     def of_decode(cls, batch: Batch, rotate_last: bool = False) -> "Writes":
@@ -53,23 +55,38 @@ class Writes:
     @classmethod
     def of_extend(cls, batch: Batch, prefixes: list[int], lengths: list[int]) -> "Writes":
         """`lengths[i]` tokens of request i after `prefixes[i]` that it had."""
-        device = batch.pages.device
-        had = torch.tensor(prefixes, device=device)
-        new = torch.tensor(lengths, device=device)
-        row_token = torch.cumsum(new, 0) - new
-        at = torch.arange(batch.pages.shape[1], device=device)
-        written = batch.valid & (at >= (had // PAGE_TOKENS)[:, None]) & (new > 0)[:, None]
-        row, page = torch.nonzero(written, as_tuple=True)
+        # All of it is known on the host, and reading it from a GPU would wait for the batch before.
+        had, new = torch.tensor(prefixes), torch.tensor(lengths)
+        skipped = had // PAGE_TOKENS
+        row, at = places(torch.where(new > 0, pages_of(had + new) - skipped, 0))
+        page = at + skipped[row]
         first = page * PAGE_TOKENS
         before = (had[row] - first).clamp(min=0)
         filled = ((had + new)[row] - first).clamp(max=PAGE_TOKENS)
+        token = (torch.cumsum(new, 0) - new)[row] + first + before - had[row]
+        fresh = torch.nonzero(before == 0)[:, 0]
+        numbers = torch.stack((row, page, token, before, filled, first))
+        row, page, token, before, filled, first = to_device(numbers, batch.pages.device)
+        pages = batch.pages[row, page]
         return cls(
-            pages=batch.pages[row, page],
+            pages=pages,
             requests=batch.requests.long()[row],
-            token=row_token[row] + first + before - had[row],
+            token=token,
             before=before.to(torch.int32),
             filled=filled.to(torch.int32),
             key_position=first,
             most_new=min(max(lengths, default=0), PAGE_TOKENS),
             whole=all(start % PAGE_TOKENS == 0 for start, new in zip(prefixes, lengths, strict=True) if new),
+            fresh=pages[to_device(fresh, pages.device)],
         )
+
+
+def places(counts: torch.Tensor) -> torch.Tensor:
+    """(row, place in it) `[2, sum(counts)]` int64 of rows with so many places each, all on the host."""
+    row = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.stack((row, torch.arange(len(row)) - (torch.cumsum(counts, 0) - counts)[row]))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
