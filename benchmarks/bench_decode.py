@@ -166,6 +166,12 @@ def holds(name: str, context: int, args) -> int:
     return max(min(int(gigabytes * 1e9 / TOKEN_BYTES // room(context, args)), args.requests), 1)
 
 
+def seconds_of(call) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 def window(server: Server) -> tuple[float, float]:
     """Milliseconds of a step, predicted and measured, of the last window of steps that nobody joined or left."""
     told = server.rheo()
@@ -183,16 +189,15 @@ def run(name: str, args, folder: Path) -> list[dict]:
         for context in args.context:
             prompts = random_prompts(0, [context] * holds(name, context, args))
             server.flush()
-            began = time.perf_counter()
-            for prompt in prompts:
-                server.tokens([prompt], 1)
-            prefill = time.perf_counter() - began
+            prefill = [seconds_of(lambda prompt=prompt: server.tokens([prompt], 1)) for prompt in prompts]
             counts = {count for count in args.counts or (1,) if count <= len(prompts)} | {len(prompts)}
             for churn in churns:
                 (folder / "churn").write_text(str(churn))
                 for count in sorted(counts if churn == churns[0] else {len(prompts)}, reverse=True):
                     row = {"system": name, "context": context, "device_gb": args.device_gb, "churn": churn}
-                    row["prefill_tokens_per_second"] = round(context * len(prompts) / prefill)
+                    # The first compiles what no prompt of this length needed before.
+                    row["prefill_tokens_per_second"] = round(context / statistics.median(prefill))
+                    row["first_prompt_seconds"] = round(prefill[0], 3)
                     before = window(server) if rheo else None
                     row |= measure(server, prompts[:count], args, rheo)
                     if rheo and window(server) != before:

@@ -95,8 +95,8 @@ class RheoAttnBackend(AttentionBackend):
         pages, device = self.batch.pages, self.batch.pages.device
         self.writes = Writes.of_extend(self.batch, prefixes, lengths)
         # One new token is a decode step in a mixed batch.
-        counts = [pages_of(before + new) if new > 1 else 0 for before, new in zip(prefixes, lengths, strict=True)]
-        row, at = to_device(places(torch.tensor(counts)), device)
+        ends = [pages_of(before + new) if new > 1 else 0 for before, new in zip(prefixes, lengths, strict=True)]
+        row, at = to_device(places(torch.tensor(ends).clamp(max=pages.shape[1])), device)
         self.prefilled = pages[row, at]
         self.last = to_device(torch.tensor([max(end - 1, 0) for end in accumulate(lengths)]), device)
         self.coordinator.begin_extend(pages, self.writes.fresh)
@@ -172,7 +172,7 @@ class RheoAttnBackend(AttentionBackend):
         index = layer.layer_id - pool.start_layer
         self._refuse_extras(layer, k, kwargs)
         if save_kv_cache and self.behind is not None:
-            self.behind.write(pool, index, forward_batch.out_cache_loc, k, v)
+            self.behind.write(pool, index, forward_batch.out_cache_loc, self.writes, k, v)
         elif save_kv_cache:
             self._store(layer, forward_batch, k, v)
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)

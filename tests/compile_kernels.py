@@ -15,7 +15,21 @@ from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.coordinator.swap import Ranking
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu import append, attend, fold, gate, gather, move, plan, quiet, score, snapshot, swap, tables
+from rheoserve_sgl.ops.gpu import (
+    append,
+    append_pages,
+    attend,
+    fold,
+    gate,
+    gather,
+    move,
+    plan,
+    quiet,
+    score,
+    snapshot,
+    swap,
+    tables,
+)
 from rheoserve_sgl.ops.gpu.early import early
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
 from rheoserve_sgl.runtime.writes import Writes
@@ -103,7 +117,9 @@ def launch_all(dtype: torch.dtype, dim: int):
     gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
     running = torch.zeros(SLOTS, KV_HEADS, 3, dim)
     ints = torch.zeros(BATCH, dtype=torch.int32)
-    fold.fold_gpu(k, Writes(loc, loc, loc, ints, ints, loc, 1, False), running)
+    writes = Writes(loc, loc, loc, ints, ints, loc, 1, False)
+    fold.fold_gpu(k, writes, running)
+    append_pages.append_pages_gpu(host, frames, frame_of, writes, k, k)
     gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim))
 
 

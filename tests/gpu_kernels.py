@@ -16,6 +16,7 @@ from rheoserve_sgl.ops.attention import attend_torch
 from rheoserve_sgl.ops.attn_gate import fold_torch, gate_keys_torch
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
+from rheoserve_sgl.ops.gpu.append_pages import append_pages_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.fold import fold_gpu
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
@@ -86,6 +87,32 @@ def test_append_equals_torch(dtype, dim):
         torch.cuda.synchronize()
     assert torch.equal(host, expected[0])
     assert torch.equal(frames.cpu()[:-1], expected[1][:-1])  # the last row is nobody's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_the_pages_of_a_prefill_are_written_as_its_tokens(dtype, dim):
+    torch.manual_seed(dim)
+    prefixes, lengths = [0, 70, 64, 130, 63], [1, 130, 0, 60, 1]
+    table, where, lens, batch = make_batch([a + b for a, b in zip(prefixes, lengths, strict=True)], 12, 256, 30)
+    writes, tokens = Writes.of_extend(batch, prefixes, lengths), sum(lengths)
+    rows = [table[row, had : had + new] for row, had, new in zip(where, prefixes, lengths, strict=True)]
+    loc = torch.cat(rows).long()
+    frame_of = torch.randint(-30, 15, (30, 3), dtype=torch.int32).clamp(min=-1)
+    frame_of[frame_of >= 0] = torch.randperm(90)[: int((frame_of >= 0).sum())].to(torch.int32)
+    qkv = torch.randn(tokens + 3, 9, dim).to(dtype)
+    host, frames = torch.zeros(30, 3, 2, 64, dim, dtype=dtype), torch.zeros(91, 2, 64, dim, dtype=dtype)
+    expected = host.clone(), frames.clone()
+    append_torch(*expected, frame_of, loc, qkv[:tokens, 3:6], qkv[:tokens, 6:9])
+    qkv[tokens:] = torch.nan  # padding of the batch
+    if DEVICE == "cuda":
+        host = host.pin_memory()
+    frames, there = frames.to(DEVICE), qkv.to(DEVICE)
+    append_pages_gpu(host, frames, frame_of.to(DEVICE), moved(writes, DEVICE), there[:, 3:6], there[:, 6:9])
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host, expected[0])
+    assert torch.equal(frames.cpu()[:-1], expected[1][:-1])
 
 
 def make_batch(lens, slots=12, context=2048, pages=200):

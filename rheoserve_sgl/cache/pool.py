@@ -112,6 +112,16 @@ class TwoTierKVPool(MHATokenToKVPool):
         if self.canary is not None:
             self.canary.wrote(index, loc, k, v)
 
+    def write_prefill(self, index: int, loc: torch.Tensor, writes, k: torch.Tensor, v: torch.Tensor):
+        """As `write`, on a GPU, of a batch whose pages are known (rheoserve_sgl.runtime.writes.Writes)."""
+        from rheoserve_sgl.ops.gpu.append_pages import append_pages_gpu
+
+        append_pages_gpu(
+            self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], writes, k, v
+        )
+        if self.canary is not None:
+            self.canary.wrote(index, loc, k, v)
+
     def forget_pages(self, pages: torch.Tensor):
         """Give back the frames of pages that left their owner."""
         self.importance.index_fill_(1, pages, 0.0)

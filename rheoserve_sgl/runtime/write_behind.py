@@ -13,13 +13,13 @@ class WriteBehind:
         self._stream = torch.cuda.Stream()
         self._held: tuple[torch.Tensor, ...] = ()
 
-    def write(self, pool, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """As `TwoTierKVPool.write`, of what the current stream has made, in any shape and dtype."""
+    def write(self, pool, index: int, loc: torch.Tensor, writes, k: torch.Tensor, v: torch.Tensor):
+        """As `TwoTierKVPool.write_prefill`, of what the current stream has made, in any shape and dtype."""
         k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
         self.join()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            pool.write(index, loc, k, v)
+            pool.write_prefill(index, loc, writes, k, v)
         self._held = loc, k, v
 
     def join(self):

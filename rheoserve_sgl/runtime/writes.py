@@ -58,7 +58,8 @@ class Writes:
         # All of it is known on the host, and reading it from a GPU would wait for the batch before.
         had, new = torch.tensor(prefixes), torch.tensor(lengths)
         skipped = had // PAGE_TOKENS
-        row, at = places(torch.where(new > 0, pages_of(had + new) - skipped, 0))
+        ends = pages_of(had + new).clamp(max=batch.pages.shape[1])
+        row, at = places(torch.where(new > 0, ends - skipped, 0))
         page = at + skipped[row]
         first = page * PAGE_TOKENS
         before = (had[row] - first).clamp(min=0)
