@@ -176,8 +176,7 @@ class RheoAttnBackend(AttentionBackend):
         elif save_kv_cache:
             self._store(layer, forward_batch, k, v)
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        out = torch.empty_like(q)
-        start = 0
+        parts, start = [], 0
         prefixes = forward_batch.extend_prefix_lens_cpu
         lengths = forward_batch.extend_seq_lens_cpu
         for row, (before, new) in enumerate(zip(prefixes, lengths, strict=True)):
@@ -185,14 +184,16 @@ class RheoAttnBackend(AttentionBackend):
             if new:
                 own = [tensor[tokens] for tensor in (q, k, v)]
                 if self.staging is None:
-                    out[tokens] = self._prefill(index, *own, batch.pages[row], before, layer.scaling)
+                    parts.append(self._prefill(index, *own, batch.pages[row], before, layer.scaling))
                 else:
                     prefix = self.staging.take().to(q.dtype) if before else None
-                    out[tokens] = prefill_flash(*own, prefix, layer.scaling)
+                    parts.append(prefill_flash(*own, prefix, layer.scaling))
             start += new
-        # After the last layer anything may be read; before that, gate keys may be pooled from stored ones.
-        reads_store = not self.writes.whole or not pool.gate.kind
-        if self.behind is not None and (index == pool.layer_num - 1 or reads_store):
+        if start < len(q):  # padding
+            parts.append(torch.zeros_like(q[start:]))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # After the last layer anything may be read; before that, the oracle reads stored keys.
+        if self.behind is not None and (index == pool.layer_num - 1 or not pool.gate.kind):
             self.behind.join()
         if save_kv_cache and self.selects:
             self._summarise(index, q, k, layer)

@@ -117,8 +117,10 @@ def launch_all(dtype: torch.dtype, dim: int):
     gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
     running = torch.zeros(SLOTS, KV_HEADS, 3, dim)
     ints = torch.zeros(BATCH, dtype=torch.int32)
-    writes = Writes(loc, loc, loc, ints, ints, loc, 1, False)
+    writes = Writes(loc, loc, loc, ints, ints, loc, 1)
     fold.fold_gpu(k, writes, running)
+    for keys, width in (("max_min", 2 * dim), ("mean", dim)):
+        fold.pool_gpu(keys, k, writes, torch.zeros(ALL_PAGES, KV_HEADS, width))
     append_pages.append_pages_gpu(host, frames, frame_of, writes, k, k)
     gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim))
 

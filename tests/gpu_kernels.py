@@ -18,7 +18,7 @@ from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.append_pages import append_pages_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
-from rheoserve_sgl.ops.gpu.fold import fold_gpu
+from rheoserve_sgl.ops.gpu.fold import fold_gpu, pool_gpu
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
 from rheoserve_sgl.ops.gpu.move import BESIDE
@@ -29,6 +29,7 @@ from rheoserve_sgl.ops.gpu.snapshot import snapshot
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
 from rheoserve_sgl.ops.merge import merge_torch
 from rheoserve_sgl.ops.plan import Rule, Select, Visit, plan_torch
+from rheoserve_sgl.ops.pool_keys import pool_keys_torch
 from rheoserve_sgl.ops.score import score_torch
 from rheoserve_sgl.runtime.batch import Batch
 from rheoserve_sgl.runtime.writes import Writes
@@ -380,6 +381,32 @@ def test_folding_the_keys_of_a_prefill_has_torchs_bits(dtype):
     assert torch.equal(folded.cpu().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
     nothing = Writes.of_extend(batch, prefixes, [0] * 5)
     assert fold_gpu(plain[:0].to(DEVICE), moved(nothing, DEVICE), running.to(DEVICE)).shape == (0, 2, 3, 80)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("selector", ["quest", "mean"])
+def test_pooling_the_keys_of_a_prefill_equals_torch(selector, dtype):
+    """From the keys that pages had and the new tokens, as from all of a page's stored tokens."""
+    torch.manual_seed(9)
+    gate, pages = make_gate(selector), 60
+    prefixes, lengths = [0, 70, 64, 130, 63], [1, 130, 0, 60, 1]
+    _, _, _, batch = make_batch([a + b for a, b in zip(prefixes, lengths, strict=True)], 12, 512, pages)
+    writes = Writes.of_extend(batch, prefixes, lengths)
+    host = torch.randn(pages, 2, 2, 64, 80).to(dtype)
+    host[int(writes.pages[3]), 1, 0, 5, 7] = torch.nan
+    k = torch.full((sum(lengths), 6, 80), torch.nan, dtype=dtype)  # keys lie between other things
+    for page, token, had, has in zip(
+        *(t.tolist() for t in (writes.pages, writes.token, writes.before, writes.filled)), strict=True
+    ):
+        k[token : token + has - had, 2:4] = host[page, :, 0, had:has].transpose(0, 1)
+    expected = torch.full((pages, 2, gate.key_dim(80)), 3.0)
+    had = writes.before > 0
+    pool_keys_torch(gate, host, writes.pages[had], writes.before[had], expected)
+    mine = expected.to(DEVICE)
+    pool_keys_torch(gate, host, writes.pages, writes.filled, expected)
+    pool_gpu(gate.kind, k[:, 2:4].to(DEVICE), moved(writes, DEVICE), mine)
+    exact = {"rtol": 0, "atol": 0} if selector == "quest" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(mine.cpu(), expected, equal_nan=True, **exact)
 
 
 @pytest.mark.parametrize("keys", ["max_min", "mean"])

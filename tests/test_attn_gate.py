@@ -109,7 +109,7 @@ def test_writes_name_each_token_once(requests):
     expected = [int(table[row, b + i]) for row, (b, n) in enumerate(zip(before, new, strict=True)) for i in range(n)]
     assert [got[i] for i in sorted(got)] == expected
     assert writes.most_new == min(max(new), 64)
-    assert writes.whole == (not writes.before.any())
+    assert torch.equal(writes.fresh, writes.pages[writes.before == 0])
 
 
 @pytest.mark.parametrize("k_pooling", ["Kmaxminavg", "Kmin", "Kmaxavg"])

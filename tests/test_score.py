@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from rheoserve_sgl.gate import make_gate
-from rheoserve_sgl.ops.pool_keys import pool_keys_cpu, pool_keys_torch, pool_new_keys
+from rheoserve_sgl.ops.pool_keys import pool_keys_cpu, pool_keys_torch
 from rheoserve_sgl.ops.score import record_cpu, record_torch, score_cpu, score_torch
-from rheoserve_sgl.runtime.writes import Writes
 
 POOLED = ("mean", "quest")
 
@@ -85,24 +84,6 @@ def test_pool_keys_cpu_equals_torch(selector, dtype, dim):
     exact = {"rtol": 0, "atol": 0} if selector == "quest" else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(mine, theirs, equal_nan=True, **exact)
     assert int(mine.isnan().sum()) == (2 if selector == "quest" else 1)
-
-
-@pytest.mark.parametrize("selector", POOLED)
-def test_keys_of_new_tokens_are_those_of_stored_ones(selector):
-    torch.manual_seed(0)
-    gate = make_gate(selector)
-    k = torch.randn(300, 2, 64)
-    pages = torch.tensor([4, 2, 9, 3, 5])
-    starts = torch.tensor([0, 64, 128, 170, 234])  # two requests of 170 and 130 tokens
-    filled = torch.tensor([64, 64, 42, 64, 64], dtype=torch.int32)
-    host = torch.full((12, 2, 2, 64, 64), torch.nan)
-    for page, start, count in zip(pages, starts, filled, strict=True):
-        host[page, :, 0, :count] = k[start : start + count].transpose(0, 1)
-    writes = Writes(pages, pages, starts, torch.zeros_like(filled), filled, pages, 64, True)
-    mine, theirs = torch.zeros(2, 12, 2, gate.key_dim(64))
-    pool_new_keys(gate, k, writes, mine)
-    pool_keys_torch(gate, host, pages, filled, theirs)
-    torch.testing.assert_close(mine, theirs)
 
 
 def test_pool_keys_refuses_what_is_outside():

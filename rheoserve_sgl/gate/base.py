@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rheoserve_sgl.ops.pool_keys import pool_keys, pool_new_keys
+from rheoserve_sgl.ops.pool_keys import pool_keys
 from rheoserve_sgl.ops.score import score
 
 
@@ -83,8 +83,10 @@ class PooledGate(Gate):
 
     def refresh(self, pool, layer, writes, k, tapped=None):
         quick = pool.quick.layers[layer]
-        if k.is_cuda and writes.whole:
-            pool_new_keys(self, k, writes, quick)
+        if k.is_cuda:
+            from rheoserve_sgl.ops.gpu.fold import pool_gpu
+
+            pool_gpu(self.kind, k, writes, quick)
         else:
             pool_keys(self, pool.host.layers[layer], writes.pages, writes.filled, quick, pool.threads)
 

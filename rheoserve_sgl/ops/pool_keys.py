@@ -23,19 +23,6 @@ def pool_keys(gate, host, pages, filled, quick, threads: int = 1):
         pool_keys_torch(gate, host, pages, filled, quick)
 
 
-def pool_new_keys(gate, k, writes, quick):
-    """As `pool_keys`, for pages that had no tokens before, from the new tokens themselves.
-
-    Args:
-        k: `[tokens, kv_heads, head_dim]`, the new tokens' keys
-        writes: Writes, all of them to pages that were empty
-    """
-    at = torch.arange(PAGE_TOKENS, device=k.device)
-    rows = (writes.token[:, None] + at).clamp(max=len(k) - 1)
-    valid = (at < writes.filled[:, None])[:, None, :, None]
-    quick[writes.pages] = gate.pool(k[rows].transpose(1, 2).float(), valid).to(quick.dtype)
-
-
 def pool_keys_torch(gate, host, pages, filled, quick):
     keys = host[pages.cpu(), :, 0].to(quick.device)
     valid = torch.arange(PAGE_TOKENS, device=quick.device) < filled[:, None]

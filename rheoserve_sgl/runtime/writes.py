@@ -18,7 +18,6 @@ class Writes:
     before, filled: `[n]` int32, tokens of the page before and after
     key_position: `[n]` int64, where a learned gate rotates the page's key
     most_new: the largest of filled - before, known on the host
-    whole: whether no page had tokens before, known on the host
     fresh: `[m]` int64, of a prefill: those of the pages that had no tokens before
     """
 
@@ -29,7 +28,6 @@ class Writes:
     filled: torch.Tensor
     key_position: torch.Tensor
     most_new: int
-    whole: bool
     fresh: torch.Tensor | None = None
 
     @classmethod
@@ -49,7 +47,6 @@ class Writes:
             filled=batch.tail_len,
             key_position=first + (PAGE_TOKENS - 1 if rotate_last else 0),
             most_new=1,
-            whole=False,
         )
 
     @classmethod
@@ -77,7 +74,6 @@ class Writes:
             filled=filled.to(torch.int32),
             key_position=first,
             most_new=min(max(lengths, default=0), PAGE_TOKENS),
-            whole=all(start % PAGE_TOKENS == 0 for start, new in zip(prefixes, lengths, strict=True) if new),
             fresh=pages[to_device(fresh, pages.device)],
         )
 

@@ -1,8 +1,13 @@
-"""Max, min and sum over the keys of each page that a prefill writes: one program a (page, KV head)."""
+"""Gate keys of the pages that a prefill writes, from its own tokens: one program a (page, KV head).
+
+For a learned gate max, min and sum over a page's keys before RoPE, for a training-free one its key itself.
+"""
 
 import torch
 import triton
 import triton.language as tl
+
+from rheoserve_sgl.ops.gpu.append import KEYS
 
 
 @triton.jit
@@ -28,6 +33,62 @@ def _fold(k, token, before, filled, requests, running, out, kv_heads, dim, WIDE:
     tl.store(to, high, mask=there)
     tl.store(to + dim, low, mask=there)
     tl.store(to + 2 * dim, total, mask=there)
+
+
+@triton.jit
+def _pool(
+    k,
+    quick,
+    pages,
+    token,
+    before,
+    filled,
+    k_stride,
+    kv_heads,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    page = tl.program_id(0)
+    head = tl.program_id(1)
+    i = tl.arange(0, WIDE)
+    there = i < DIM
+    first = tl.load(before + page)
+    old = there & (first > 0)
+    own = quick + (tl.load(pages + page) * kv_heads + head) * (2 * DIM if KEYS == 1 else DIM) + i
+    high = tl.load(own, mask=old, other=float("-inf") if KEYS == 1 else 0.0).to(tl.float32)  # or the mean
+    low = high
+    if KEYS == 1:
+        low = tl.load(own + DIM, mask=old, other=float("inf")).to(tl.float32)
+    key = k + tl.load(token + page) * k_stride + head * DIM + i
+    for offset in range(first, tl.load(filled + page)):
+        new = tl.load(key, mask=there, other=0.0).to(tl.float32)
+        if KEYS == 1:
+            high = tl.where((new > high) | (new != new), new, high)
+            low = tl.where((new < low) | (new != new), new, low)
+        else:
+            high += (new - high) / (offset + 1)
+        key += k_stride
+    tl.store(own, high, mask=there)
+    if KEYS == 1:
+        tl.store(own + DIM, low, mask=there)
+
+
+def pool_gpu(kind: str, k: torch.Tensor, writes, quick: torch.Tensor):
+    """As `rheoserve_sgl.ops.pool_keys.pool_keys`, from the new tokens and the keys that the pages had.
+
+    Args:
+        kind: "max_min" or "mean", of the gate
+        k: `[tokens, kv_heads, head_dim]`, the new tokens' keys, any float dtype
+    """
+    _, kv_heads, dim = k.shape
+    if k.stride()[1:] != (dim, 1):
+        k = k.contiguous()
+    if len(writes.pages):
+        _pool[(len(writes.pages), kv_heads)](
+            k, quick, writes.pages, writes.token, writes.before, writes.filled, k.stride(0), kv_heads,
+            KEYS=KEYS[kind], DIM=dim, WIDE=triton.next_power_of_2(dim), num_warps=1,
+        )  # fmt: skip
 
 
 def fold_gpu(plain: torch.Tensor, writes, running: torch.Tensor) -> torch.Tensor:
