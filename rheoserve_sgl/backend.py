@@ -197,7 +197,7 @@ class RheoAttnBackend(AttentionBackend):
             self.behind.join()
         if save_kv_cache and self.selects:
             self._summarise(index, q, k, layer)
-        return out.view(len(out), -1)
+        return out.reshape(len(out), -1)
 
     def _store(self, layer, forward_batch, k, v):
         """Write K and V through."""

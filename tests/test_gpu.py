@@ -3,6 +3,9 @@
 One command: `make test-gpu`.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import requests
 import torch
@@ -210,6 +213,20 @@ def test_two_tensor_parallel_ranks_equal_triton_within_rounding(mode, reference,
         assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"
         assert server.rheo()["host_blocks"] > 0
         assert server.settle()["frames_used"] == 0
+
+
+@pytest.mark.parametrize("mixed", [[], ["--enable-mixed-chunk"]], ids=["apart", "mixed"])
+def test_a_prefill_does_not_wait_for_the_gpu(mixed, checkpoints, tmp_path):
+    """Prompts of one and of several chunks, with cached prefixes, and beside requests that decode."""
+    args = ["--attention-backend", "rheoserve", "--rheoserve-host-size", "0.4", "--rheoserve-device-tokens", "2048"]
+    args += ["--chunked-prefill-size", "1024", *HALF, *mixed]
+    program = [sys.executable, str(Path(__file__).with_name("no_waiting_server.py"))]
+    with Server(checkpoints.path(), args, tmp_path / "log", program=program) as server:
+        for seed in range(3):
+            first = random_prompts(90 + seed, [700, 3000, 1500, 65])
+            server.tokens(first, 30)
+            assert len(server.tokens([prompt + prompt[:300] for prompt in first], 30)) == 4
+        assert server.settle()["host_pages_used"] == 0
 
 
 def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):
