@@ -41,7 +41,8 @@ def launch_command(model: Path, args: list[str], port: int, program: list[str] |
     command = [*(program or LAUNCH), "--model-path", str(model), "--port", str(port)]
     # An idle scheduler polls; several servers would fight for two cores.
     command += ["--sleep-on-idle", "--random-seed", "1", "--skip-server-warmup"]
-    for name, value in (("--dtype", "float32"), ("--context-length", "16384")):
+    # SGLang's own choice of a port for its ranks may be taken by an outgoing connection before it listens.
+    for name, value in (("--dtype", "float32"), ("--context-length", "16384"), ("--nccl-port", str(free_port()))):
         if name not in args:
             command += [name, value]
     return command + args
