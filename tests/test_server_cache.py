@@ -99,17 +99,27 @@ def test_forced_retraction(dense, checkpoints, tmp_path):
         assert after["frames_used"] == after["host_pages_used"] == 0
 
 
-def test_residency_independence_with_a_small_budget(checkpoints, tmp_path):
-    """For a given selection the answer does not depend on what is resident: random exchange at every step
-    with few frames gives the same tokens as many frames. The selection itself leaves most blocks out."""
+AT_RANDOM = {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("frames", "env"),
+    [
+        ("256", AT_RANDOM),
+        pytest.param("64", {}, marks=pytest.mark.slow),
+        pytest.param("1024", AT_RANDOM, marks=pytest.mark.slow),
+    ],
+)
+def test_residency_independence_with_a_small_budget(frames, env, checkpoints, tmp_path):
+    """For a given selection the answer does not depend on what is resident: random exchange at every step, and next
+    to no frames, give the same tokens as many frames. The selection itself leaves most blocks out."""
     args = ["--rheoserve-token-budget", "512", "--rheoserve-window-tokens", "128"]
     args += ["--rheoserve-device-attention", "selected", "--rheoserve-device-tokens"]
     prompts = random_prompts(28, [3000, 1111, 2048])
     answers = []
-    (tmp_path / "random").mkdir()
-    at_random = {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "3"}
+    (tmp_path / "few").mkdir()
     many = rheo_server(checkpoints.path(), [*args, "2048"], tmp_path)
-    few = rheo_server(checkpoints.path(), [*args, "256"], tmp_path / "random", at_random)
+    few = rheo_server(checkpoints.path(), [*args, frames], tmp_path / "few", env)
     with together(many, few) as servers:
         for server in servers:
             answers.append(server.tokens(prompts, 40))

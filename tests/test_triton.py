@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+FILES = ["gpu_kernels.py", "gpu_prefill.py", "gpu_moves.py", "gpu_step.py", "gpu_synthetic.py"]
 
-@pytest.mark.parametrize("file", ["gpu_kernels.py", "gpu_moves.py", "gpu_step.py", "gpu_synthetic.py"])
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=pytest.mark.gpu)])
 def test_triton_kernels(interpreted, file):
     """In a process of their own: whether Triton interprets is settled for good when it is imported."""

@@ -28,7 +28,7 @@ from rheoserve_sgl.coordinator.lane import Lane
 from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.coordinator.working_set import STEPS, WorkingSets
 from rheoserve_sgl.ops.score import record
-from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.batch import Batch, pages_of
 from rheoserve_sgl.runtime.latency_model import LatencyModel
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class Coordinator:
         """Whether a request starts a page and frames are left: an exchange gives it some, a swap takes others'."""
         if not bool((lens % PAGE_TOKENS == 1).any()):
             return False
-        pages = (lens + PAGE_TOKENS - 1) // PAGE_TOKENS
+        pages = pages_of(lens)
         return int(pages.sum()) * self.pool.head_num <= self.pool.frame_count
 
     def swap(self, tables):
@@ -254,10 +254,10 @@ class Coordinator:
                 importance.index_copy_(1, now, torch.maximum(importance[:, now], was))
         self._turns.clear()
 
-    def _move(self, exchange_or_swap: Callable, steps_table):
+    def _move(self, exchange_or_swap: Callable, argument):
         """Exchange or swap, or go on without: all is in the host store, so what fails here costs speed only."""
         try:
-            exchange_or_swap(steps_table)
+            exchange_or_swap(argument)
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
             self.counts["exchanges_failed"] += 1
             if self._steps >= self._warns_at:

@@ -5,8 +5,8 @@ A scheduler process has one pool; its backend calls `observe`, and until then th
 
 from functools import cache
 
-from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.coordinator.figures import Figures
+from rheoserve_sgl.runtime.batch import pages_of
 
 PREFIX = "sglang:rheoserve_"
 COUNTERS = {
@@ -61,7 +61,7 @@ class Telemetry:
         """
         if not self._metrics:
             self._metrics = make_metrics(list(labels))
-        now = self._figures.read() | {"host_pages_used": -(-used_tokens // PAGE_TOKENS)}
+        now = self._figures.read() | {"host_pages_used": pages_of(used_tokens)}
         for name in COUNTERS.keys() & now.keys():
             self._metrics[name].labels(**labels).inc(max(now[name] - self._exported.get(name, 0), 0))
             self._exported[name] = now[name]

@@ -13,6 +13,32 @@ KEYS = {"none": 0, "max_min": 1, "mean": 2}
 
 
 @triton.jit
+def store_rows(
+    host, frames, frame_of, pair, to, key, value, used, DIM: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values at `to` in a block: in the host store, and in its frame if it has one."""
+    block = host + pair * (2 * TOKENS * DIM)
+    tl.store(block + to, key, mask=used)
+    tl.store(block + TOKENS * DIM + to, value, mask=used)
+    frame = tl.load(frame_of + pair).to(tl.int64)
+    if frame >= 0:
+        block = frames + frame * (2 * TOKENS * DIM)
+        tl.store(block + to, key, mask=used)
+        tl.store(block + TOKENS * DIM + to, value, mask=used)
+
+
+@triton.jit
+def higher(new, high):
+    """The larger, and NaN if either is."""
+    return tl.where((new > high) | (new != new), new, high)
+
+
+@triton.jit
+def lower(new, low):
+    return tl.where((new < low) | (new != new), new, low)
+
+
+@triton.jit
 def _append(
     host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
     KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
@@ -27,23 +53,15 @@ def _append(
     used = dim < DIM
     key = tl.load(k + token * k_stride + head * DIM + dim, mask=used)
     value = tl.load(v + token * v_stride + head * DIM + dim, mask=used)
-    row = offset * DIM + dim
-    block = host + pair * (2 * TOKENS * DIM)
-    tl.store(block + row, key, mask=used)
-    tl.store(block + TOKENS * DIM + row, value, mask=used)
-    frame = tl.load(frame_of + pair).to(tl.int64)
-    if frame >= 0:
-        block = frames + frame * (2 * TOKENS * DIM)
-        tl.store(block + row, key, mask=used)
-        tl.store(block + TOKENS * DIM + row, value, mask=used)
+    store_rows(host, frames, frame_of, pair, offset * DIM + dim, key, value, used, DIM, TOKENS)
     new = key.to(tl.float32)
     old = used & (offset > 0)
     if KEYS == 1:
         own = quick + pair * 2 * DIM + dim
         high = tl.load(own, mask=old, other=float("-inf")).to(tl.float32)
         low = tl.load(own + DIM, mask=old, other=float("inf")).to(tl.float32)
-        tl.store(own, tl.where((new > high) | (new != new), new, high), mask=used)
-        tl.store(own + DIM, tl.where((new < low) | (new != new), new, low), mask=used)
+        tl.store(own, higher(new, high), mask=used)
+        tl.store(own + DIM, lower(new, low), mask=used)
     if KEYS == 2:
         own = quick + pair * DIM + dim
         mean = tl.load(own, mask=old, other=0.0)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.append import check_rows
+from rheoserve_sgl.ops.gpu.append import store_rows
 
 WRITERS = 16  # programs; each holds a processor of the GPU
 
@@ -30,14 +31,7 @@ def _append_pages(
         key = tl.load(k + source * k_stride + head * DIM + dim, mask=used)
         value = tl.load(v + source * v_stride + head * DIM + dim, mask=used)
         pair = tl.load(pages + at) * kv_heads + head
-        block = host + pair * (2 * TOKENS * DIM)
-        tl.store(block + to, key, mask=used)
-        tl.store(block + TOKENS * DIM + to, value, mask=used)
-        frame = tl.load(frame_of + pair).to(tl.int64)
-        if frame >= 0:
-            block = frames + frame * (2 * TOKENS * DIM)
-            tl.store(block + to, key, mask=used)
-            tl.store(block + TOKENS * DIM + to, value, mask=used)
+        store_rows(host, frames, frame_of, pair, to, key, value, used, DIM, TOKENS)
 
 
 def append_pages_gpu(host, frames, frame_of, writes, k, v):

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rheoserve_sgl.ops.gpu.append import KEYS
+from rheoserve_sgl.ops.gpu.append import KEYS, higher, lower
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def _fold(k, token, before, filled, requests, running, out, kv_heads, dim, WIDE:
     key = k + (tl.load(token + page) * kv_heads + head) * dim + i
     for _ in range(tl.load(filled + page) - had):  # in the tokens' order: the sum has the same bits however they came
         new = tl.load(key, mask=there, other=0.0).to(tl.float32)
-        high = tl.where((new > high) | (new != new), new, high)
-        low = tl.where((new < low) | (new != new), new, low)
+        high = higher(new, high)
+        low = lower(new, low)
         total += new
         key += kv_heads * dim
     to = out + (page.to(tl.int64) * kv_heads + head) * 3 * dim + i
@@ -37,18 +37,9 @@ def _fold(k, token, before, filled, requests, running, out, kv_heads, dim, WIDE:
 
 @triton.jit
 def _pool(
-    k,
-    quick,
-    pages,
-    token,
-    before,
-    filled,
-    k_stride,
-    kv_heads,
-    KEYS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    k, quick, pages, token, before, filled, k_stride, kv_heads,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     page = tl.program_id(0)
     head = tl.program_id(1)
     i = tl.arange(0, WIDE)
@@ -64,8 +55,8 @@ def _pool(
     for offset in range(first, tl.load(filled + page)):
         new = tl.load(key, mask=there, other=0.0).to(tl.float32)
         if KEYS == 1:
-            high = tl.where((new > high) | (new != new), new, high)
-            low = tl.where((new < low) | (new != new), new, low)
+            high = higher(new, high)
+            low = lower(new, low)
         else:
             high += (new - high) / (offset + 1)
         key += k_stride

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.attn_gate import EPSILON, K_PARTS, GateWeights
+from rheoserve_sgl.ops.gpu.append import higher, lower
 from rheoserve_sgl.ops.gpu.early import early, start
 
 ROWS = 32  # of a weight matrix at a time
@@ -96,8 +97,8 @@ def _keys(
         high = tl.load(own, mask=old, other=float("-inf"))
         low = tl.load(own + dim, mask=old, other=float("inf"))
         total = tl.load(own + 2 * dim, mask=old, other=0.0) + new
-        tl.store(own, tl.where((new > high) | (new != new), new, high), mask=there)
-        tl.store(own + dim, tl.where((new < low) | (new != new), new, low), mask=there)
+        tl.store(own, higher(new, high), mask=there)
+        tl.store(own + dim, lower(new, low), mask=there)
         tl.store(own + 2 * dim, total, mask=there)
         at = tl.arange(0, HALF)
         used = at < half

@@ -1,0 +1,100 @@
+"""A prefill's Triton kernels against torch: test_triton.py runs this file, interpreted or compiled for a GPU."""
+
+import pytest
+import torch
+from gpu_kernels import DEVICE, make_batch
+from gpu_step import moved
+
+from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.ops.append import append_torch
+from rheoserve_sgl.ops.attn_gate import fold_torch
+from rheoserve_sgl.ops.gpu.append_pages import append_pages_gpu
+from rheoserve_sgl.ops.gpu.fold import fold_gpu, pool_gpu
+from rheoserve_sgl.ops.gpu.gather import gather_prefix
+from rheoserve_sgl.ops.pool_keys import pool_keys_torch
+from rheoserve_sgl.runtime.writes import Writes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_the_pages_of_a_prefill_are_written_as_its_tokens(dtype, dim):
+    torch.manual_seed(dim)
+    prefixes, lengths = [0, 70, 64, 130, 63], [1, 130, 0, 60, 1]
+    table, where, lens, batch = make_batch([a + b for a, b in zip(prefixes, lengths, strict=True)], 12, 256, 30)
+    writes, tokens = Writes.of_extend(batch, prefixes, lengths), sum(lengths)
+    rows = [table[row, had : had + new] for row, had, new in zip(where, prefixes, lengths, strict=True)]
+    loc = torch.cat(rows).long()
+    frame_of = torch.randint(-30, 15, (30, 3), dtype=torch.int32).clamp(min=-1)
+    frame_of[frame_of >= 0] = torch.randperm(90)[: int((frame_of >= 0).sum())].to(torch.int32)
+    qkv = torch.randn(tokens + 3, 9, dim).to(dtype)
+    host, frames = torch.zeros(30, 3, 2, 64, dim, dtype=dtype), torch.zeros(91, 2, 64, dim, dtype=dtype)
+    expected = host.clone(), frames.clone()
+    append_torch(*expected, frame_of, loc, qkv[:tokens, 3:6], qkv[:tokens, 6:9])
+    qkv[tokens:] = torch.nan  # padding of the batch
+    if DEVICE == "cuda":
+        host = host.pin_memory()
+    frames, there = frames.to(DEVICE), qkv.to(DEVICE)
+    append_pages_gpu(host, frames, frame_of.to(DEVICE), moved(writes, DEVICE), there[:, 3:6], there[:, 6:9])
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host, expected[0])
+    assert torch.equal(frames.cpu()[:-1], expected[1][:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_folding_the_keys_of_a_prefill_has_torchs_bits(dtype):
+    torch.manual_seed(8)
+    prefixes, lengths = [0, 70, 64, 130, 0], [1, 130, 0, 60, 200]
+    _, _, _, batch = make_batch([max(a + b, 1) for a, b in zip(prefixes, lengths, strict=True)], 12, 512, 60)
+    writes = Writes.of_extend(batch, prefixes, lengths)
+    plain, running = torch.randn(sum(lengths), 2, 80).to(dtype), torch.randn(20, 2, 3, 80)
+    plain[40, 1, 7] = torch.nan
+    folded = fold_gpu(plain.to(DEVICE), moved(writes, DEVICE), running.to(DEVICE))
+    expected = fold_torch(plain.float(), writes, running)
+    assert torch.equal(folded.cpu().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    nothing = Writes.of_extend(batch, prefixes, [0] * 5)
+    assert fold_gpu(plain[:0].to(DEVICE), moved(nothing, DEVICE), running.to(DEVICE)).shape == (0, 2, 3, 80)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("selector", ["quest", "mean"])
+def test_pooling_the_keys_of_a_prefill_equals_torch(selector, dtype):
+    """From the keys that pages had and the new tokens, as from all of a page's stored tokens."""
+    torch.manual_seed(9)
+    gate, pages = make_gate(selector), 60
+    prefixes, lengths = [0, 70, 64, 130, 63], [1, 130, 0, 60, 1]
+    _, _, _, batch = make_batch([a + b for a, b in zip(prefixes, lengths, strict=True)], 12, 512, pages)
+    writes = Writes.of_extend(batch, prefixes, lengths)
+    host = torch.randn(pages, 2, 2, 64, 80).to(dtype)
+    host[int(writes.pages[3]), 1, 0, 5, 7] = torch.nan
+    k = torch.full((sum(lengths), 6, 80), torch.nan, dtype=dtype)  # keys lie between other things
+    for page, token, had, has in zip(
+        *(t.tolist() for t in (writes.pages, writes.token, writes.before, writes.filled)), strict=True
+    ):
+        k[token : token + has - had, 2:4] = host[page, :, 0, had:has].transpose(0, 1)
+    expected = torch.full((pages, 2, gate.key_dim(80)), 3.0)
+    had = writes.before > 0
+    pool_keys_torch(gate, host, writes.pages[had], writes.before[had], expected)
+    mine = expected.to(DEVICE)
+    pool_keys_torch(gate, host, writes.pages, writes.filled, expected)
+    pool_gpu(gate.kind, k[:, 2:4].to(DEVICE), moved(writes, DEVICE), mine)
+    exact = {"rtol": 0, "atol": 0} if selector == "quest" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(mine.cpu(), expected, equal_nan=True, **exact)
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_a_prefix_comes_from_both_tiers(dim):
+    host, frames = torch.randn(20, 2, 2, 64, dim), torch.randn(6, 2, 64, dim)
+    frame_of = torch.randint(-6, 6, (20, 2), dtype=torch.int32).clamp(min=-1)
+    pages = torch.tensor([7, 3, 19, 4])
+    expected = torch.stack([host[pages, head] for head in range(2)], 1)  # [page, head, 2, 64, dim]
+    for at, page in enumerate(pages):
+        for head in range(2):
+            if frame_of[page, head] >= 0:
+                expected[at, head] = frames[frame_of[page, head]]
+    expected = expected.permute(2, 0, 3, 1, 4).reshape(2, 4 * 64, 2, dim)
+    pinned = host.pin_memory() if DEVICE == "cuda" else host
+    for count in (1, 4):
+        got = torch.zeros(2, 300, 2, dim, device=DEVICE)[:, : count * 64]  # in a larger room
+        gather_prefix(pinned, frames.to(DEVICE), frame_of.to(DEVICE), pages[:count].to(DEVICE), got)
+        assert torch.equal(got.cpu(), expected[:, : count * 64])
