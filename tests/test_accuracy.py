@@ -1,7 +1,12 @@
 """The accuracy harness: tasks of the right length with answers that follow, and a run against a real server."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from serving import random_prompts
@@ -25,7 +30,6 @@ def texts(checkpoints):
 def test_samples_fit_their_context_and_hold_their_answers(task, context, texts):
     for seed in range(5):
         sample = texts.sample(task, context, seed)
-        assert sample == texts.sample(task, context, seed)
         assert sample != texts.sample(task, context, seed + 100)
         text = "".join(turn.text for turn in sample.turns)
         assert context / 3 < len(texts.tokenizer.encode(text)) < context - len(sample.turns) * 16
@@ -35,6 +39,28 @@ def test_samples_fit_their_context_and_hold_their_answers(task, context, texts):
             asked = re.findall(r"key_\w+", turn.text.splitlines()[-1])
             found = [values[name] for name in asked]
             assert tuple(values.get(value, value) for value in found) == turn.expected
+
+
+SAMPLES = """
+import hashlib
+from benchmarks.accuracy.tasks import TASKS, Texts
+class Words:
+    def encode(self, text, add_special_tokens):
+        return text.split()
+texts = Texts(Words(), "one two three\\n" * 2000, 8)
+print(hashlib.sha256(repr([texts.sample(task, 2048, 1) for task in TASKS]).encode()).hexdigest())
+"""
+
+
+def test_a_seed_makes_the_same_samples_in_every_process():
+    def digest(hash_seed: str) -> str:
+        env = os.environ | {"PYTHONHASHSEED": hash_seed}
+        folder = Path(__file__).parents[1]
+        return subprocess.run(
+            [sys.executable, "-c", SAMPLES], env=env, cwd=folder, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert len(digest("1")) == 65 and digest("1") == digest("2")
 
 
 @pytest.mark.parametrize(
@@ -59,12 +85,17 @@ def test_a_run_against_a_server(full, checkpoints, tmp_path, capsys):
     from benchmarks.accuracy.__main__ import main
 
     (tmp_path / "text").write_text(CORPUS)
-    command = ["--model", str(checkpoints.path()), "--url", full.url, "--text", str(tmp_path / "text"), "--budgets"]
+    command = ["--model", str(checkpoints.path()), "--url", full.url, "--text", str(tmp_path / "text")]
+    command += ["--wrong", str(tmp_path / "wrong"), "--budgets"]
     main([*command, "--contexts", "2048", "--samples", "1", "--new-tokens", "8", "--loss-tokens", "32"])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     (row,) = document["rows"]
     assert row["system"] == "dense" and all(0 <= row[task] <= 1 for task in TASKS)  # random weights know nothing
     assert row["loss"] > 1
+    wrong = [json.loads(line) for line in (tmp_path / "wrong").read_text().splitlines()]
+    turns = {task: 3 if task == "turns" else 1 for task in TASKS}
+    assert Counter(one["task"] for one in wrong) == Counter({task: round(turns[task] * (1 - row[task])) for task in TASKS})
+    assert all(one["system"] == "dense" and one["expected"] and not one["right"] for one in wrong)
 
 
 @pytest.mark.server

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from machine import describe_machine
 from serving import Server
 
-from benchmarks.accuracy.client import Client
+from benchmarks.accuracy.client import Client, contains
 from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
 
@@ -49,7 +49,7 @@ def systems(args):
         yield [*common, *chosen, selector], args.contexts, asked, args.parallel
     for context in args.contexts:
         asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
-        # One at a time: requests that run at once share the frames, and the last of them would have all.
+        # One at a time: frames are shared by the requests that decode, and of several many are being prefilled.
         yield [*common, *frames(context), "--rheoserve-selector", args.selectors[0]], [context], asked, 1
 
 
@@ -69,9 +69,10 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
             with ThreadPoolExecutor(parallel) as pool:
                 asking = {task: ask(pool, client, texts, task, context, args.samples, options) for task in args.tasks}
                 losses = next_token_losses(pool, client.url, texts, context, args, options)
-                for task, answers in asking.items():
-                    right, turns = (sum(numbers) for numbers in zip(*answers, strict=True))
-                    row[task] = right / turns
+                for task, told in asking.items():
+                    told = [one for of_sample in told for one in of_sample]
+                    row[task] = statistics.mean(one["right"] for one in told)
+                    keep_wrong(args.wrong, row, [one for one in told if not one["right"]])
                 if args.loss_tokens:
                     row["loss"] = statistics.mean(loss for of_text in losses for loss in of_text)
             rows.append(row)
@@ -82,8 +83,25 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
 
 
 def ask(pool: ThreadPoolExecutor, client: Client, texts: Texts, task: str, context: int, samples: int, options: dict):
-    """(right, turns) of each sample of one task; requests go out at once."""
-    return pool.map(lambda seed: client.right(texts.sample(task, context, seed), options), range(samples))
+    """What was answered in the turns of each sample of one task; requests go out at once."""
+
+    def turns(seed: int) -> list[dict]:
+        sample, about = texts.sample(task, context, seed), {"task": task, "seed": seed}
+        return [
+            {**about, "expected": turn.expected, "answer": answer, "right": contains(answer, turn.expected)}
+            for turn, answer in zip(sample.turns, client.answers(sample, options), strict=True)
+        ]
+
+    return pool.map(turns, range(samples))
+
+
+def keep_wrong(path: Path | None, row: dict, wrong: list[dict]):
+    """Append the wrong answers of a row to a file, one JSON object a line."""
+    if path is not None and wrong:
+        with path.open("a") as file:
+            for one in wrong:
+                about = {name: row[name] for name in ("system", "context", "budget")}
+                file.write(json.dumps(about | one) + "\n")
 
 
 def next_token_losses(pool: ThreadPoolExecutor, url: str, texts: Texts, context: int, args, options: dict):
@@ -114,6 +132,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="requests at once, but for `balanced`")
     parser.add_argument("--new-tokens", type=int, default=96, help="at most, for an answer")
     parser.add_argument("--host-size", type=float, default=4.0, help="GB of each server's host store")
+    parser.add_argument("--wrong", type=Path, help="file to append wrong answers to, as JSON lines")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the servers")
     args = parser.parse_args(argv)
     args.selectors = args.selectors or [*(["seer"] if args.gate else []), "quest", "mean"]

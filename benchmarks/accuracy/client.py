@@ -21,15 +21,13 @@ class Client:
     def __init__(self, url: str, tokenizer, new_tokens: int = 96):
         self.url, self.tokenizer, self.new_tokens = url, tokenizer, new_tokens
 
-    def right(self, sample, options: dict | None) -> tuple[int, int]:
-        """Turns answered right, and turns; each answer becomes part of the next prompt."""
-        messages, right = [], 0
+    def answers(self, sample, options: dict | None) -> list[str]:
+        """To each turn; each becomes part of the next prompt."""
+        messages = []
         for turn in sample.turns:
             messages.append({"role": "user", "content": turn.text})
-            answer = self.answer(messages, options)
-            messages.append({"role": "assistant", "content": answer})
-            right += contains(answer, turn.expected)
-        return right, len(sample.turns)
+            messages.append({"role": "assistant", "content": self.answer(messages, options)})
+        return [message["content"] for message in messages[1::2]]
 
     def answer(self, messages: list[dict], options: dict | None) -> str:
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -100,10 +100,10 @@ class Texts:
 
 
 def _facts(count: int, draw: random.Random) -> list[Fact]:
-    names: set[str] = set()
+    names: dict[str, None] = {}  # in the order of their drawing, where a set's would be another in every process
     while len(names) < count:
-        names.add("key_" + "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=5)))
-    return [Fact(name, make_value(draw)) for name in sorted(names, key=lambda _: draw.random())]
+        names["key_" + "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=5))] = None
+    return [Fact(name, make_value(draw)) for name in names]
 
 
 def _hide(text: Callable, facts: list[Fact], draw: random.Random) -> str:
