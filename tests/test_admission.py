@@ -20,15 +20,30 @@ def decoding(*needs: float) -> list[Candidate]:
 
 
 @given(CANDIDATES, st.floats(1, 500), st.booleans())
-def test_the_oldest_that_fit_decode_and_nobody_overtakes(candidates, capacity, more_coming):
+def test_those_that_fit_beside_older_ones_decode(candidates, capacity, more_coming):
     rows = Admission(capacity, 0.25).choose(candidates, more_coming)
     assert rows == sorted(set(rows)) and rows
     assert {row for row, one in enumerate(candidates) if one.ends} <= set(rows)
-    living = [row for row, one in enumerate(candidates) if not one.ends]
     chosen = [row for row in rows if not candidates[row].ends]
-    assert chosen == living[: len(chosen)]  # no request overtakes an older one
     if len(rows) > 1 and chosen:
         assert sum(candidates[row].need for row in chosen) <= max(SLACK * capacity, candidates[chosen[0]].need)
+    for row in set(range(len(candidates))) - set(rows):  # whoever waits has no room beside the older ones
+        assert sum(candidates[one].need for one in chosen if one < row) + candidates[row].need > capacity
+
+
+@given(CANDIDATES, CANDIDATES, st.floats(1, 500), st.integers(1, 4), st.integers(0, 3), st.integers(0, 6), st.data())
+def test_nobody_waits_for_those_that_came_later(older, newer, capacity, group, patience, steps, data):
+    """Whatever the newer ones need, and whether they decode, each older one decodes that would without them."""
+    alone, crowd = (Admission(capacity, 0.25, group, patience) for _ in range(2))
+    for _ in range(steps + 1):
+        allowed = data.draw(st.lists(st.booleans(), min_size=len(older), max_size=len(older)))
+        allowed = [True, *allowed[1:], *[True] * len(newer)]
+        first = alone.choose(older, True, allowed.__getitem__)
+        rows = crowd.choose(older + newer, True, allowed.__getitem__)
+        if alone._waited == 0:  # else they wait for their group, and newer ones may complete it
+            assert first == [row for row in rows if row < len(older)]
+        else:
+            assert set(first) <= set(rows)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +54,8 @@ def test_the_oldest_that_fit_decode_and_nobody_overtakes(candidates, capacity, m
         (decoding(60, 45) + waiting(1), [0, 1]),  # what decodes may grow by a tenth
         (decoding(60, 55), [0]),  # not by more: the newest pauses
         (waiting(60) + decoding(30) + waiting(20), [0, 1]),
+        (decoding(60) + waiting(50, 20, 30, 10), [0, 2, 4]),  # small ones pass one that has to wait
+        (decoding(40) + waiting(50) + decoding(25, 10), [0, 1, 3]),  # which has its room back when it fits
     ],
 )
 def test_as_many_as_fit(candidates, rows):
@@ -53,6 +70,17 @@ def test_a_group_joins_together_but_waits_no_longer_than_its_patience():
     assert [admission.choose(two, more_coming=True) for _ in range(3)] == [[0], [0], [0, 1, 2]]
     assert admission.choose(two, more_coming=False) == [0, 1, 2]  # nothing to wait for
     assert admission.choose(waiting(10), more_coming=True) == [0]  # nothing to go on with
+    older = decoding(5) + waiting(10) + decoding(10)
+    assert admission.choose(older, more_coming=True) == [
+        0,
+        1,
+        2,
+    ]  # who is older than one that decodes waits for no group
+
+
+def test_another_limit_leaves_its_room_to_others():
+    few = {0, 2}
+    assert Admission(100, 0.25).choose(waiting(40, 50, 30, 20), False, few.__contains__) == [0, 2]
 
 
 def test_too_many_misses_pause_the_newest_until_they_are_few():

@@ -6,7 +6,7 @@ Source of the idea: SparseServe's working-set-aware batch size control (arXiv 25
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SLACK = 1.1  # of the frames: what decodes already may grow by this before one has to pause
@@ -51,31 +51,41 @@ class Admission:
         self._stopped = False
         self._waited = 0
 
-    def choose(self, candidates: Sequence[Candidate], more_coming: bool) -> list[int]:
-        """The rows that decode next, in order: the oldest that fit, at least one, and all that end.
+    def choose(
+        self, candidates: Sequence[Candidate], more_coming: bool, allows: Callable[[int], bool] = lambda row: True
+    ) -> list[int]:
+        """The rows that decode next, in order: by age each that fits beside older ones, at least one, and all that end.
+
+        A request has its room before any newer one is looked at: none waits for those that came later. One that has to
+        wait leaves its room to newer ones that need less, and takes it back when it fits.
 
         Args:
             candidates: oldest first
             more_coming: whether another request may be prefilled soon, for which a group may wait
+            allows: another limit, asked by age of each that has room; whom it allows decodes. It allows the first.
         """
         self._stopped |= len(candidates) > self.bound
-        stay, join, total, fits = [], [], 0.0, True
+        end, stay, join, total, newest = [], [], [], 0.0, -1
         for row, one in enumerate(candidates):
             if one.ends:
-                stay.append(row)
+                end.append(row)
                 continue
+            newest = row if one.decodes else newest
             count = len(stay) + len(join)
             room = self.capacity * (SLACK if one.decodes else 1.0)
-            # Behind one that has to wait nobody overtakes, so that a large request does not starve.
-            fits = fits and (not count or (total + one.need <= room and count < self.bound))
-            if fits:
+            if (not count or (total + one.need <= room and count < self.bound)) and allows(row):
                 total += one.need
                 (stay if one.decodes else join).append(row)
-        if stay and join and more_coming and len(join) < self.group and self._waited < self.patience:
-            self._waited += 1
-            return stay
+        if stay and join and join[0] > newest and more_coming and self._may_wait(len(join)):
+            return sorted(end + stay)
         self._waited = 0
-        return sorted(stay + join)
+        return sorted(end + stay + join)
+
+    def _may_wait(self, joining: int) -> bool:
+        """Whether so many, all newer than whatever decodes, wait one more step for others to join with."""
+        waits = joining < self.group and self._waited < self.patience
+        self._waited += waits
+        return waits
 
     def observe(self, missed: float, decoding: int, steady: bool = True):
         """Learn from a window of steps.
@@ -83,7 +93,7 @@ class Admission:
         Args:
             missed: share of what was selected in it that was not resident
             decoding: requests at once, the most in it
-            steady: whether nobody joined in it: those that just did miss much, which tells nothing
+            steady: whether few joined in it: those that just did miss much, which tells nothing
         """
         self._idle = 0 if self._stopped else self._idle + 1
         self._stopped = False

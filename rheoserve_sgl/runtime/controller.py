@@ -19,6 +19,7 @@ from rheoserve_sgl.runtime.transaction import Transaction
 
 LEARNING_STEPS = 16  # of a request: until then its working set is guessed
 GUESS = 1.25  # of what it may select
+FEW = 8  # those that decode are so many times those that joined them, or the window tells nothing of misses
 RISE = 0.02  # of the share that is taken for missed, in a window in which requests joined
 TIMED_STEPS = 8  # a window has at least so many, or it teaches nothing about time
 MOST_BETWEEN = 64  # decode steps between two batches of a prefill, whatever the objective asks for
@@ -54,8 +55,9 @@ class Controller:
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
         self._decoding: list = []
-        # Since the last measurement: whether requests joined those that decode, joined or left, and the most at once.
-        self._joined, self._changed, self._most = True, True, 0
+        self._ages = 0  # requests that were prefilled so far: the age of the next
+        # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
+        self._joined, self._changed, self._most = math.inf, True, 0
         self._predicted = 0.0
 
     @classmethod
@@ -98,7 +100,7 @@ class Controller:
 
     def rest(self):
         """The last request has ended."""
-        self._decoding, self._joined, self._changed = [], True, True
+        self._decoding, self._joined, self._changed = [], math.inf, True
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 
     def prepare(self, batch):
@@ -111,37 +113,45 @@ class Controller:
             one.need = min(one.measured or GUESS * one.limit, self._pages(request))
         rows = list(range(len(known)))
         if self.admission is not None and divisible(batch):
-            rows = self._within_objective(batch.reqs, self._choose(batch.reqs, known))
+            rows = self._choose(batch.reqs, known)
         if len(rows) == len(known):
             self.slots.prepare_whole(batch)
         else:
             self.slots.prepare(batch, rows)
         self._mark(batch.reqs, known, rows)
 
-    def _choose(self, requests, known) -> list[int]:
+    def _choose(self, requests, known: list[Transaction]) -> list[int]:
+        for one in known:
+            if one.age is None:
+                one.age, self._ages = self._ages, self._ages + 1
+        # What was retracted comes back as the last row.
+        order = sorted(range(len(known)), key=lambda row: known[row].age)
+        by_age = [requests[row] for row in order]
         candidates = [
-            Candidate(one.need, one.state == "decoding", request.to_finish is not None)
-            for request, one in zip(requests, known, strict=True)
+            Candidate(known[row].need, known[row].state == "decoding", requests[row].to_finish is not None)
+            for row in order
         ]
         scheduler = self._scheduler
-        return self.admission.choose(candidates, bool(scheduler.waiting_queue) or scheduler.chunked_req is not None)
+        more_coming = bool(scheduler.waiting_queue) or scheduler.chunked_req is not None
+        return sorted(order[place] for place in self.admission.choose(candidates, more_coming, self._objective(by_age)))
 
-    def _within_objective(self, requests, rows: list[int]) -> list[int]:
-        """Without the newest of those chosen, until a step is predicted to take no longer than it may."""
-        objective = self._config.tpot_slo_ms
-        if objective is None:
-            return rows
-        kept, pages, selected, within = [], 0, 0, True
-        for row in rows:
-            request = requests[row]
-            if within:
-                own = self._pages(request)
-                pages, selected = pages + own, selected + min(Transaction.of(request).limit, own)
-                load = self._load(len(kept) + 1, pages, selected)
-                within = not kept or 1000 * self._coordinator.latency.predict(load) <= objective
-            if within or request.to_finish is not None:  # what was aborted may end
-                kept.append(row)
-        return kept
+    def _objective(self, requests):
+        """Tells, by its row, whether one more is allowed: whether a step of it and all that were allowed before is
+        predicted to take no longer than it may. The first always is."""
+        objective, allowed, pages, selected = self._config.tpot_slo_ms, 0, 0, 0
+
+        def allows(row: int) -> bool:
+            nonlocal allowed, pages, selected
+            if objective is None:
+                return True
+            own = self._pages(requests[row])
+            more = (allowed + 1, pages + own, selected + min(Transaction.of(requests[row]).limit, own))
+            if allowed and 1000 * self._coordinator.latency.predict(self._load(*more)) > objective:
+                return False
+            allowed, pages, selected = more
+            return True
+
+        return allows
 
     def _pages(self, request) -> int:
         tokens = len(request.origin_input_ids) + len(request.output_ids)
@@ -187,12 +197,13 @@ class Controller:
         if selected > before[1]:
             missed = (visited - before[0]) / (selected - before[1])
             # Those that have just joined miss much for some steps, and would be sent away for it.
-            self._missed = min(self._missed + RISE, missed) if self._joined else missed
+            steady = FEW * self._joined <= self._most
+            self._missed = missed if steady else min(self._missed + RISE, missed)
             if self.admission is not None:
-                self.admission.observe(missed, self._most, not self._joined)
+                self.admission.observe(missed, self._most, steady)
             if step and not self._changed:
                 self._learn_time(step, chunk)
-        self._joined, self._changed, self._most = False, False, len(self._decoding)
+        self._joined, self._changed, self._most = 0, False, len(self._decoding)
         clock.restart()
 
     def _learn_time(self, step: float, chunk: float):
@@ -243,7 +254,7 @@ class Controller:
             one.steps += row in chosen
         now = [requests[row] for row in rows]
         if now != self._decoding:
-            self._joined |= not set(now) <= set(self._decoding)
+            self._joined += len(set(now) - set(self._decoding))
             self._changed, self._most = True, max(self._most, len(now))
             self._decoding, self._predicted = now, 0.0
             self.clock.restart()

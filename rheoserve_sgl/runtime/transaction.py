@@ -12,6 +12,7 @@ STATES = ("decoding", "waiting", "prefilling", "registered")
 class Transaction:
     """One prefilled request.
 
+    age: its place among all that were prefilled, which it keeps when it is retracted; None: not yet prefilled
     state: "waiting" with its KV in host memory, or "decoding"
     limit: pages that each KV head may select
     steps: decode steps since its prefill
@@ -23,6 +24,7 @@ class Transaction:
     """
 
     def __init__(self):
+        self.age: int | None = None
         self.state = "waiting"
         self.limit, self.need = 0, 0.0
         self.steps, self.measured = 0, 0.0
