@@ -4,6 +4,8 @@ Decode attention over random 64-token blocks of a bf16 store that is several tim
 KV head with a list of its own. "GB/s" counts every listed block once, however many query heads read it. The limit
 is a plain streaming read of the same store by the same threads, measured around each case in the same run; a second
 limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic allows.
+"asked" is the default variant asked through memory, as by a GPU: threads that poll, pinned, timed from the thread that
+sees the request to the one that answers, so without the call and the waking that "kernels" have, and without PCIe.
 Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
 output is one JSON document; draw_roofline.py makes a picture of it.
 
@@ -22,9 +24,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rheoserve_sgl.cache.host_memory import zeroed
 from rheoserve_sgl.ops.attention import attend_cpu
+from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.extension import extension
 from rheoserve_sgl.ops.plan import Visit
-from rheoserve_sgl.ops.workers import usable_threads, worker_pool
+from rheoserve_sgl.ops.workers import cpu_variant, usable_threads, worker_pool
+from rheoserve_sgl.runtime.gpu_decode import rank_processors
 
 KV_HEADS = 8
 BLOCK = 64
@@ -90,6 +94,29 @@ def kernel_rate(store, visits, group: int, threads: int, variant: str) -> float:
     return visits[0].blocks.numel() * 2 * BLOCK * dim * store.element_size() / took
 
 
+def asked_rate(store, visits, group: int, threads: int) -> float:
+    """As `kernel_rate`, of requests through memory, without the way there and back."""
+    dim = store.shape[-1]
+    batch, _, count = visits[0].blocks.shape
+    exchange = Exchange.make(batch, KV_HEADS, group, dim, count, pin=False)
+    exchange.q.copy_(torch.randn(exchange.q.shape).bfloat16())
+    exchange.batch[0] = batch
+    doorbell = Doorbell(exchange, [store], dim**-0.5, threads, rank_processors(0, 1, threads))
+    asked, answered = exchange.bell[0].numpy(), exchange.bell[1].numpy()
+    times = []
+    doorbell.expect(len(visits))
+    for number, visit in enumerate(visits, 1):
+        exchange.visit.blocks.copy_(visit.blocks)
+        exchange.visit.count.copy_(visit.count)
+        before = doorbell.busy_seconds
+        asked[0] = number
+        while answered[0] != number:
+            time.sleep(1e-3)  # leaves the processor to the thread that is pinned to it
+        times.append(doorbell.busy_seconds - before)
+    doorbell.check()
+    return visits[0].blocks.numel() * 2 * BLOCK * dim * store.element_size() / statistics.median(times[1:])
+
+
 def peer_rates(store, group: int, threads: int) -> dict[str, float]:
     """torch's and SGLang's decode attention over PEER_BYTES of KV, all heads with the same tokens."""
     dim = store.shape[-1]
@@ -153,6 +180,7 @@ def main():
                         if batch == max(batches):
                             few = make_cached_visits(batch, args.blocks)
                             cached[variant] = kernel_rate(store, few, group, threads, variant)
+                    asked = asked_rate(store, make_visits(store, batch, args.blocks), group, threads)
                     limit = (before + stream_rate(store, threads)) / 2
                     rows.append(
                         {
@@ -163,10 +191,12 @@ def main():
                             "stream": limit,
                             "kernels": rates,
                             "cached": cached,
+                            "asked": {cpu_variant(): asked},
                             "peers": peers,
                         }
                     )
                     shares = "  ".join(f"{v} {r / 1e9:5.1f} ({r / limit:4.0%})" for v, r in rates.items())
+                    shares += f"  asked {asked / 1e9:5.1f} ({asked / limit:4.0%})"
                     beside = "  ".join(f"{name} {rate / 1e9:.1f}" for name, rate in peers.items())
                     print(
                         f"d {dim:3d} threads {threads:2d} group {group:2d} batch {batch:2d}: "
