@@ -1,10 +1,13 @@
 """Who decodes: the rules by themselves, over random histories."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rheoserve_sgl.runtime.admission import CALM, FORGETS, NO_BOUND, SLACK, Admission, Candidate
+from rheoserve_sgl.runtime.transaction import Transaction
 
 CANDIDATES = st.lists(
     st.builds(Candidate, need=st.floats(0, 300), decodes=st.booleans(), ends=st.booleans()), min_size=1, max_size=12
@@ -76,6 +79,24 @@ def test_a_group_joins_together_but_waits_no_longer_than_its_patience():
         1,
         2,
     ]  # who is older than one that decodes waits for no group
+
+
+def test_working_sets_that_vary_from_window_to_window_do_not_send_a_request_away_and_back():
+    """Two of 32 pages in the mean, in 70: by single windows the second one comes and goes all the time."""
+    draw = random.Random(0)
+
+    def changes(learns: bool) -> int:
+        admission, known, rows, changes = Admission(70, 0.25), [Transaction(), Transaction()], [0, 1], 0
+        for _ in range(200):
+            for one in known:
+                one.measured = one.measured if learns else 0.0
+                one.learn(draw.uniform(20, 44))
+            candidates = [Candidate(one.measured, row in rows) for row, one in enumerate(known)]
+            before, rows = rows, admission.choose(candidates, more_coming=False)
+            changes += rows != before
+        return changes
+
+    assert changes(learns=False) > 20 and changes(learns=True) <= 2
 
 
 def test_another_limit_leaves_its_room_to_others():

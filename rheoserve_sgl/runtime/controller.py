@@ -192,7 +192,7 @@ class Controller:
         for request in self._decoding:
             one = Transaction.of(request)
             if one.steps >= LEARNING_STEPS and request.req_pool_idx is not None:
-                one.measured = needs[request.req_pool_idx]
+                one.learn(needs[request.req_pool_idx])
         before, self._counts = self._counts, (visited, selected)
         if selected > before[1]:
             missed = (visited - before[0]) / (selected - before[1])

@@ -6,6 +6,7 @@ It lives on SGLang's Req, so that it goes where the request goes: into a retract
 import time
 from collections import Counter
 
+RECENT = 0.25  # weight of the newest window in the mean of a working set
 STATES = ("decoding", "waiting", "prefilling", "registered")
 
 
@@ -16,7 +17,7 @@ class Transaction:
     state: "waiting" with its KV in host memory, or "decoding"
     limit: pages that each KV head may select
     steps: decode steps since its prefill
-    measured: its working set when it was measured last, in pages for each KV head; 0.0: not yet
+    measured: its working set, in pages for each KV head, the mean of the last windows; 0.0: not yet measured
     need: pages of frames that each KV head of a layer needs for it, as estimated last
     kept: the coordinator's Kept, while it waits
     waited: seconds it has waited, the present wait not included
@@ -39,6 +40,10 @@ class Transaction:
         if not hasattr(request, "rheoserve"):
             request.rheoserve = cls()
         return request.rheoserve
+
+    def learn(self, need: float):
+        """Take in the working set of one more window, in pages. One window alone sends nobody away."""
+        self.measured += (need - self.measured) * (RECENT if self.measured else 1.0)
 
     def enter(self, state: str) -> tuple[int, float]:
         """Change the state; returns the pauses that begin with it, and the seconds waited that end with it."""
