@@ -94,7 +94,9 @@ def test_a_run_against_a_server(full, checkpoints, tmp_path, capsys):
     assert row["loss"] > 1
     wrong = [json.loads(line) for line in (tmp_path / "wrong").read_text().splitlines()]
     turns = {task: 3 if task == "turns" else 1 for task in TASKS}
-    assert Counter(one["task"] for one in wrong) == Counter({task: round(turns[task] * (1 - row[task])) for task in TASKS})
+    assert Counter(one["task"] for one in wrong) == Counter(
+        {task: round(turns[task] * (1 - row[task])) for task in TASKS}
+    )
     assert all(one["system"] == "dense" and one["expected"] and not one["right"] for one in wrong)
 
 

@@ -1,4 +1,4 @@
-"""Two minutes of mixed traffic; `python -m benchmarks.soak --minutes 10` is the longer run."""
+"""Five minutes of mixed traffic; `python -m benchmarks.soak --minutes 10` is the longer run."""
 
 import json
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.server
 
 
 def test_mixed_traffic_loses_and_leaks_nothing(checkpoints, tmp_path, capsys):
-    options = ["--model", str(checkpoints.path()), "--minutes", "2", "--clients", "4", "--compared", "12"]
+    options = ["--model", str(checkpoints.path()), "--minutes", "5", "--clients", "4", "--compared", "12"]
     assert main([*options, "--logs", str(tmp_path)]) == 0, capsys.readouterr().out[-6000:]
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["compared"] == 12 and document["wrong_answers"] == document["failures"] == []
