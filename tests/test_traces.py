@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.traces.replay import choose, churn, forced_pages, hit_rate
+from benchmarks.traces.replay import choose, churn, forced_pages, hit_rate, working_set
 
 
 def made(steps=40, layers=2, heads=2, pages=32, picked=8, drift=0.0):
@@ -39,6 +39,12 @@ def test_resident_blocks_are_the_forced_and_the_best(joint):
 def test_a_selection_that_stays_is_all_resident_and_one_that_changes_is_not():
     still, moving = made(), made(drift=0.2)
     assert churn(still["selected"]).max() == 0.0 < churn(moving["selected"]).mean()
+    assert (
+        working_set(still["selected"], 8)
+        == 1.0
+        < working_set(moving["selected"], 2)
+        < working_set(moving["selected"], 8)
+    )
     for policy in ("prompt", "importance", "selected"):
         assert hit_rate(still, policy, 0.5, 8, 1, 1) == 1.0
     often, seldom, never = (hit_rate(moving, "importance", 0.3, interval, 1, 1) for interval in (1, 16, 1000))

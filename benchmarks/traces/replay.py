@@ -17,12 +17,19 @@ import numpy as np
 
 from rheoserve_sgl.coordinator.coordinator import DECAY
 
+SETS = (1, 2, 3, 5, 8, 16)  # steps of a working set
 POLICIES = ("prompt", "importance", "selected", "importance joint", "selected joint")
 
 
 def churn(selected: np.ndarray) -> np.ndarray:
     """Share of each selection that was not in the one before, `[steps - 1, layers, kv_heads]`."""
     return (selected[1:] & ~selected[:-1]).sum(-1) / selected[1:].sum(-1)
+
+
+def working_set(selected: np.ndarray, steps: int) -> float:
+    """Blocks that were selected in so many steps, one after another, as a multiple of one step's."""
+    sets = [selected[at - steps : at].any(0).sum() for at in range(steps, len(selected) + 1)]
+    return float(np.mean(sets) / selected.sum((1, 2, 3)).mean())
 
 
 def forced_pages(pages: int, sink: int, window: int) -> np.ndarray:
@@ -87,6 +94,8 @@ def main(argv=None):
     print(f"{len(trace['selected'])} steps; a step changes {changed.mean():.1%} of a selection; of a layer's heads:")
     for layer, row in enumerate(heads):
         print(f"  layer {layer:2d}: " + " ".join(f"{share:6.1%}" for share in row))
+    sets = {steps: working_set(trace["selected"], steps) for steps in SETS if steps <= len(trace["selected"])}
+    print("n steps select, times what one does: " + ", ".join(f"{n}: {times:.2f}" for n, times in sets.items()))
     rows = []
     print(f"\n{'policy':18s} {'capacity':>8s} " + " ".join(f"every {interval:3d}" for interval in args.intervals))
     for capacity in args.capacities:
@@ -95,7 +104,7 @@ def main(argv=None):
             print(f"{policy:18s} {capacity:8.3f} " + " ".join(f"{rate:9.1%}" for rate in rates), flush=True)
             rows.append({"policy": policy, "capacity": capacity, "hit_rates": rates})
     document = {"benchmark": "replay", "trace": args.trace.name, "steps": len(trace["selected"])}
-    document |= {"intervals": args.intervals, "churn": heads.round(4).tolist(), "rows": rows}
+    document |= {"intervals": args.intervals, "churn": heads.round(4).tolist(), "working_sets": sets, "rows": rows}
     print(json.dumps(document))
 
 
