@@ -241,7 +241,8 @@ class RheoAttnBackend(AttentionBackend):
         from rheoserve_sgl.runtime.staging import Staging
         from rheoserve_sgl.runtime.write_behind import WriteBehind
 
-        return Staging(pool), WriteBehind()
+        context = self.req_to_token_pool.req_to_token.shape[1]
+        return Staging(pool, pages_of(context) * pool.page_size), WriteBehind()
 
     def _on_gpu(self, model_runner, group: int):
         """The kernels of a decode step, or None where a gate has none (the oracle)."""

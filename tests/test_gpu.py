@@ -3,6 +3,7 @@
 One command: `make test-gpu`.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -227,6 +228,26 @@ def test_a_prefill_does_not_wait_for_the_gpu(mixed, checkpoints, tmp_path):
             server.tokens(first, 30)
             assert len(server.tokens([prompt + prompt[:300] for prompt in first], 30)) == 4
         assert server.settle()["host_pages_used"] == 0
+
+
+def test_a_long_prompt_takes_no_more_device_memory_than_two_layers_of_it(checkpoints, tmp_path):
+    """Beside frames and what a batch of that size takes anyway; sixteen layers of it would be eight times as much."""
+    args = ["--attention-backend", "rheoserve", "--rheoserve-host-size", "2", "--rheoserve-device-tokens", "2048"]
+    args += ["--chunked-prefill-size", "4096", *HALF, *FAR]
+    program = [sys.executable, str(Path(__file__).with_name("prefill_memory_server.py"))]
+    model = checkpoints.path("--layers", "16")
+    with Server(model, args, tmp_path / "log", program=program) as server:
+        server.tokens(random_prompts(95, [4096]), 1)  # one batch without a prefix
+        server.tokens(random_prompts(96, [LONG]), 1)
+        server.tokens(random_prompts(97, [64]), 1)  # tells of the last one
+        assert server.settle()["host_pages_used"] == 0
+    lines = re.findall(r"prefill memory: (\d+) (\d+)", (tmp_path / "log").read_text())
+    peaks, now = zip(*(map(int, line) for line in lines), strict=True)
+    assert len(lines) == 1 + -(-LONG // 4096) + 1  # a batch's peak is told by the next one
+    alone, whole = peaks[1] - now[0], max(peaks[2:]) - now[1]
+    layer = (LONG // 64 + 1) * 64 * 2 * 2 * 64 * 2  # bytes: K and V of two heads of 64 in fp16
+    # The two rooms are of the longest prefix there may be, and the prompt's tables are small.
+    assert layer < whole <= alone + 2.1 * layer + (16 << 20), (alone, whole, layer)
 
 
 def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):

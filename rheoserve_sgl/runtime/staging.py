@@ -11,10 +11,13 @@ class Staging:
     """Two rooms on the device, each for the longest prefix of a batch in one layer; a stream of its own fills them.
 
     The prefixes of a batch are taken in the order of layers, and in each of requests.
+
+    Args:
+        longest: tokens that a prefix may have
     """
 
-    def __init__(self, pool: TwoTierKVPool):
-        self._pool = pool
+    def __init__(self, pool: TwoTierKVPool, longest: int):
+        self._pool, self._longest = pool, longest
         self._stream = torch.cuda.Stream()
         shape = (2, 2, 0, pool.head_num, pool.head_dim)  # rooms, keys and values, tokens
         self._rooms = torch.empty(shape, dtype=pool.dtype, device=pool.device)
@@ -31,7 +34,7 @@ class Staging:
         if self._rooms.shape[2] < most:
             both, parts, had, heads, dim = self._rooms.shape
             # By half at least, and the old ones given back first: each chunk of a long prompt has a longer prefix.
-            shape = (both, parts, max(most, had * 3 // 2), heads, dim)
+            shape = (both, parts, min(max(most, had * 3 // 2), self._longest), heads, dim)
             self._rooms = self._rooms.new_empty(0)
             self._rooms = self._rooms.new_empty(shape)
         self._fetch(0)
