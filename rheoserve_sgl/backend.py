@@ -83,6 +83,7 @@ class RheoAttnBackend(AttentionBackend):
             self.writes = Writes.of_decode(self.batch, rotate_last=self.config.gate_rope == "last")
             self.budgets = self.limits.pages[self.batch.requests]
             self.coordinator.begin_decode(lambda: self.batch)
+            self.coordinator.stores(forward_batch.batch_size)
         else:
             prefixes, lengths = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
             self._begin_extend(prefixes, lengths)
@@ -100,6 +101,7 @@ class RheoAttnBackend(AttentionBackend):
         self.prefilled = pages[row, at]
         self.last = to_device(torch.tensor([max(end - 1, 0) for end in accumulate(lengths)]), device)
         self.coordinator.begin_extend(pages, self.writes.fresh)
+        self.coordinator.stores(sum(lengths))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
         """Nothing: what graphs are captured over exists for as many requests as can run."""
@@ -119,6 +121,7 @@ class RheoAttnBackend(AttentionBackend):
     def _begin_on_gpu(self, forward_batch, rows: int):
         lens = forward_batch.seq_lens_cpu
         self.coordinator.begin_decode(lambda: self._batch(forward_batch, rows), None if lens is None else lens[:rows])
+        self.coordinator.stores(rows)
         self.gpu.begin(
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,

@@ -134,6 +134,8 @@ def test_server_info_shows_settings_and_live_counts(full):
     assert after["decode_steps"] >= before["decode_steps"] + 39
     assert after["exchanges"] > before["exchanges"]
     assert after["exchanged_bytes"] > before["exchanged_bytes"]
+    token = 4 * 2 * 2 * 64 * 4  # bytes: layers x KV heads x K and V x head dim x float32
+    assert 1039 <= (after["stored_bytes"] - before["stored_bytes"]) / token <= 1041  # the prompt, and what followed
     assert 0 < after["host_attention_share"] < 1
     assert after["frames_used"] + after["frames_free"] == before["frames_free"]
     assert after["host_pages_used"] == 1000 // 64 + (1039 // 64 - 1000 // 64)  # the radix tree's full pages

@@ -82,7 +82,7 @@ class Coordinator:
         self.gpu = None  # the GpuDecode, on a GPU
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
-        self.counts = dict.fromkeys(("decode_steps", "exchanges", "exchanges_failed"), 0)
+        self.counts = dict.fromkeys(("decode_steps", "exchanges", "exchanges_failed", "stored_bytes"), 0)
         self.attended = Attended(1, pool.device)  # the backend knows how many requests there can be
         self.working_sets: WorkingSets | None = None  # the backend's, too
         self.latency: LatencyModel | None = None  # likewise
@@ -119,6 +119,11 @@ class Coordinator:
     def batch_changed(self):
         """Other requests decode than before: frames are to be shared out anew."""
         self._changed = True
+
+    def stores(self, tokens: int):
+        """Count what a batch writes to the host store: K and V of so many new tokens, in every layer."""
+        pool = self.pool
+        self.counts["stored_bytes"] += tokens * pool.block_bytes // PAGE_TOKENS * pool.head_num * pool.layer_num
 
     def begin_extend(self, pages: torch.Tensor, fresh: torch.Tensor):
         """Call before a prefill's first layer.

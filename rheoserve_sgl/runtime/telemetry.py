@@ -17,6 +17,7 @@ COUNTERS = {
     "exchanges": "Exchanges of blocks between the tiers; swaps of a step are not counted.",
     "exchanges_failed": "Exchanges and swaps that failed, for want of memory perhaps: they cost speed, and no answer.",
     "exchanged_bytes": "Bytes copied from the host store into frames.",
+    "stored_bytes": "Bytes of new tokens written to the host store.",
     "pauses": "Times that a request which decoded had to wait for others.",
     "waited_seconds": "Seconds that prefilled requests waited before they decoded, or decoded again.",
     "host_attention_seconds": "Seconds in which the CPU attended to blocks (on a GPU only).",
