@@ -32,12 +32,13 @@ SHAPE = {
     ("config", "flags"),
     [
         (LlamaConfig(**SHAPE), []),
-        (Qwen2Config(**SHAPE), ["--tp-size", "2"]),
+        (Qwen2Config(**SHAPE), []),
+        pytest.param(Qwen2Config(**SHAPE), ["--tp-size", "2"], marks=pytest.mark.slow),
         pytest.param(
             MistralConfig(**SHAPE, sliding_window=None), ["--rheoserve-mode", "balanced"], marks=pytest.mark.slow
         ),
     ],
-    ids=["llama", "qwen2-tp2", "mistral"],
+    ids=["llama", "qwen2", "qwen2-tp2", "mistral"],
 )
 def test_full_attention_equals_transformers(config, flags, tmp_path):
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ MOST_SECONDS = 240
 
 
 def test_a_random_load_is_served_to_the_end(checkpoints, tmp_path):
-    load = draw_load(rate=2.0, seconds=14, prompt=(200, 4000), answer=(10, 120), vocabulary=256, seed=3)
+    load = draw_load(rate=2.5, seconds=10, prompt=(200, 3000), answer=(10, 120), vocabulary=256, seed=3)
     assert len(load) > 20
     with rheo_server(checkpoints.path(), FLAGS, tmp_path, STRICT) as server:
         with Watch(server, seconds=0.2) as seen:
