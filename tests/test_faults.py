@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,8 @@ class Ask(threading.Thread):
         self.start()
 
     def run(self):
-        self.reply = requests.post(self.url, json=self.body, timeout=300)
+        with suppress(requests.RequestException):  # of a server that ends: no reply
+            self.reply = requests.post(self.url, json=self.body, timeout=300)
 
     def answer(self) -> list[int]:
         self.join(300)
