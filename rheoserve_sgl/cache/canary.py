@@ -22,8 +22,7 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of an eleme
 class Canary:
     """Checksums of what was written to one pool, 8 bytes a token, layer and KV head.
 
-    On a GPU, tokens that decode steps write leave none (their kernel is in a CUDA graph); their frames are still held
-    against the host store.
+    On a GPU, tokens that decode steps write leave none (their kernel is in a CUDA graph), and are not looked at.
 
     Args:
         pool: TwoTierKVPool

@@ -31,6 +31,7 @@ class Figures:
             parts = (coordinator.attended.counts.sum(0), pool.moved[None], held[None], gpu.asker.waited)
             self._room.copy_(torch.cat(parts), non_blocking=True)
         own = {
+            "resident_hits": blocks["selected_blocks"] - blocks["host_blocks"],
             "exchanged_bytes": moved * pool.block_bytes,
             "frames": pool.frame_count * pool.layer_num,
             "frames_used": used,

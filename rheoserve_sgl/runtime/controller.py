@@ -37,7 +37,7 @@ class Controller:
 
     def __init__(self, scheduler, pool: TwoTierKVPool):
         config = pool.config
-        self._scheduler, self._pool, self._config = scheduler, pool, config
+        self.scheduler, self._pool, self._config = scheduler, pool, config
         self._coordinator = pool.coordinator
         self.slots, self.clock = Slots(), StepClock(scheduler.enable_overlap)
         self.admission = None
@@ -71,7 +71,7 @@ class Controller:
 
     def chunked_prompt(self):
         """SGLang's Req whose prefill is under way, if there is one."""
-        return self._scheduler.chunked_req
+        return self.scheduler.chunked_req
 
     def owes_decode(self, batch) -> bool:
         """Whether the running batch decodes before a prefill goes on."""
@@ -86,7 +86,7 @@ class Controller:
 
         SGLang takes one in when all of it fits, and fails if others have used its room before the last chunk.
         """
-        scheduler, page = self._scheduler, self._pool.page_size
+        scheduler, page = self.scheduler, self._pool.page_size
         prompt = scheduler.chunked_req
         if prompt is None:
             return True
@@ -131,7 +131,7 @@ class Controller:
             Candidate(known[row].need, known[row].state == "decoding", requests[row].to_finish is not None)
             for row in order
         ]
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         more_coming = bool(scheduler.waiting_queue) or scheduler.chunked_req is not None
         return sorted(order[place] for place in self.admission.choose(candidates, more_coming, self._objective(by_age)))
 
@@ -179,7 +179,7 @@ class Controller:
         sets = self._coordinator.working_sets
         if sets.measured == self._measured:
             return
-        ranks = self._scheduler.ps.tp_size
+        ranks = self.scheduler.ps.tp_size
         found = sets.read(wait=ranks > 1)
         if found is None:
             return
@@ -187,7 +187,7 @@ class Controller:
         clock = self.clock
         found = [*found, clock.step_seconds if clock.steps >= TIMED_STEPS else 0.0, clock.chunk_seconds]
         if ranks > 1:  # each has other KV heads; they come here at the same step
-            found = largest(found, self._scheduler.tp_cpu_group)
+            found = largest(found, self.scheduler.tp_cpu_group)
         *needs, visited, selected, step, chunk = found
         for request in self._decoding:
             one = Transaction.of(request)
@@ -222,14 +222,14 @@ class Controller:
 
     def _held_pages(self) -> torch.Tensor:
         """Logical pages, int64, of the requests that decode or wait to."""
-        requests = self._scheduler.running_batch.reqs
+        requests = self.scheduler.running_batch.reqs
         live = [one for one in requests if one.req_pool_idx is not None and not one.finished()]
         none = torch.zeros(0, dtype=torch.int64, device=self._pool.device)
         return torch.cat([none, *map(self._page_starts, live)]).long() // self._pool.page_size
 
     def _page_starts(self, request) -> torch.Tensor:
         """Where the first token of each of its pages is, `[n]`."""
-        table = self._scheduler.req_to_token_pool.req_to_token
+        table = self.scheduler.req_to_token_pool.req_to_token
         return table[request.req_pool_idx, : request.kv.kv_allocated_len : self._pool.page_size]
 
     def _turn(self, request, one: Transaction):

@@ -7,11 +7,14 @@ from functools import cache
 
 from rheoserve_sgl.coordinator.figures import Figures
 from rheoserve_sgl.runtime.batch import pages_of
+from rheoserve_sgl.runtime.controller import Controller
+from rheoserve_sgl.runtime.transaction import count_by_state
 
 PREFIX = "sglang:rheoserve_"
 COUNTERS = {
     "decode_steps": "Decode steps.",
     "device_blocks": "Blocks that the device attended to, over all layers and KV heads.",
+    "resident_hits": "Selected blocks that were resident, over all layers and KV heads.",
     "host_blocks": "Blocks that the CPU attended to in place, over all layers and KV heads.",
     "selected_blocks": "Blocks that were selected, over all layers and KV heads; the CPU visited some.",
     "exchanges": "Exchanges of blocks between the tiers; swaps of a step are not counted.",
@@ -27,6 +30,8 @@ GAUGES = {
     "frames": "Frames on the device, each for one block.",
     "frames_used": "Frames that hold a block.",
     "host_pages": "Pages of 64 tokens that the host store has room for.",
+    "transactions_registered": "Requests that wait for their prefill.",
+    "transactions_prefilling": "Requests that are being prefilled.",
     "transactions_decoding": "Prefilled requests that decode.",
     "transactions_waiting": "Prefilled requests that wait in host memory for their turn to decode.",
     "working_set_pages": "Pages of frames that each KV head needs for what the decoding requests select.",
@@ -53,16 +58,18 @@ class Telemetry:
         share = attended["host_blocks"] / max(sum(attended.values()), 1)
         return [f"frame usage: {now['frames_used'] / max(now['frames'], 1):.2f}", f"host share: {share:.3f}"]
 
-    def export(self, labels: dict[str, str], used_tokens: int):
+    def export(self, labels: dict[str, str], used_tokens: int, states: dict[str, int]):
         """Bring the metrics up to date.
 
         Args:
             labels: SGLang's, of this scheduler
             used_tokens: of running requests
+            states: requests in each
         """
         if not self._metrics:
             self._metrics = make_metrics(list(labels))
         now = self._figures.read() | {"host_pages_used": pages_of(used_tokens)}
+        now |= {f"transactions_{state}": count for state, count in states.items()}
         for name in COUNTERS.keys() & now.keys():
             self._metrics[name].labels(**labels).inc(max(now[name] - self._exported.get(name, 0), 0))
             self._exported[name] = now[name]
@@ -110,5 +117,6 @@ def add_log_parts(parts, pool_stats):
 def export_metrics(result, collector, stats):
     """AFTER `SchedulerMetricsCollector.log_stats`: ours beside SGLang's, with the same labels."""
     if _telemetry is not None:
-        _telemetry.export(collector.labels, stats.num_used_tokens)
+        states = count_by_state(Controller.current and Controller.current.scheduler)
+        _telemetry.export(collector.labels, stats.num_used_tokens, states)
     return result

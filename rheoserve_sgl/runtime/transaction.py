@@ -84,6 +84,12 @@ def requests_by_state(scheduler) -> list[tuple[str, object]]:
     ]
 
 
+def count_by_state(scheduler) -> dict[str, int]:
+    """How many requests of a Scheduler are in each of STATES; none without one."""
+    counts = Counter(state for state, _ in requests_by_state(scheduler)) if scheduler else {}
+    return {state: counts.get(state, 0) for state in STATES}
+
+
 def describe(scheduler, most: int = 100) -> dict:
     """Transactions by state, and the prefilled ones one by one, for `/server_info`.
 
