@@ -90,6 +90,12 @@ HOOKS = (
     ),
     Hook(_SCHEDULER + "on_idle", "before", _OURS + "lifecycle.look_when_idle"),
     Hook(_SCHEDULER + "get_internal_state", "after", _OURS + "lifecycle.add_state"),
+    Hook(
+        SRT + "managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "before",
+        _OURS + "request_options.check_tokens",
+        role="main",
+    ),
     Hook(SRT + "utils.common.set_uvicorn_logging_configs", "before", _PAGE + "add_routes", role="main"),
     Hook(SRT + "utils.auth.decide_request_auth", "around", _PAGE + "allow_page", role="main"),
 )

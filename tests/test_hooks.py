@@ -98,6 +98,7 @@ def test_main_process_gets_no_model_hooks():
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     names = (
+        "managers.tokenizer_manager.TokenizerManager._validate_one_request",
         "sampling.sampling_params.SamplingParams.verify",
         "server_args.ServerArgs",
         "utils.auth.decide_request_auth",

@@ -19,6 +19,9 @@ BAD = {
         "sampling_params": {"custom_params": {"rheoserve": {"mode": "sideways"}}},
     },
     "a temperature below zero": {"input_ids": [1, 2], "sampling_params": {"temperature": -1.0}},
+    "a token that is none": {"input_ids": [1, 10**9], "sampling_params": {"max_new_tokens": 1}},
+    "a token below zero": {"input_ids": [-1, 2], "sampling_params": {"max_new_tokens": 1}},
+    "a prompt that is none": {"input_ids": "abc"},
     "a prompt beyond the context": {"input_ids": [1] * 100_000, "sampling_params": {"max_new_tokens": 1}},
 }
 

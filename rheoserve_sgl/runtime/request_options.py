@@ -113,6 +113,20 @@ def check_options(result, params, *_):
                 raise
 
 
+def check_tokens(manager, request, input_ids):
+    """BEFORE `TokenizerManager._validate_one_request`: a token that the model does not have is a 400.
+
+    SGLang 0.5.17 would look it up in the model's embedding, and end the server.
+    """
+    from rheoserve_sgl.server_args import selects_rheoserve
+
+    if input_ids and selects_rheoserve(manager.server_args):
+        most = manager.model_config.vocab_size - 1
+        for token in (min(input_ids), max(input_ids)):
+            if not 0 <= token <= most:
+                raise ValueError(f"input_ids has token {token}; legal: 0 to {most}")
+
+
 def requests_enter(result, batch):
     """AFTER `alloc_for_extend`: the batch's requests have their slots."""
     pool = batch.tree_cache.token_to_kv_pool_allocator.get_kvcache()
