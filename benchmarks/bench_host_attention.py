@@ -85,13 +85,18 @@ def stream_rate(store: torch.Tensor, threads: int) -> float:
     return part / seconds([lambda o=o: pool.stream_read(store.data_ptr() + o, part) for o in offsets])
 
 
+def listed_bytes(store: torch.Tensor, visit: Visit) -> int:
+    """What a call reads: every listed block once."""
+    return visit.blocks.numel() * store[0].nbytes
+
+
 def kernel_rate(store, visits, group: int, threads: int, variant: str) -> float:
     dim = store.shape[-1]
     batch = len(visits[0].count)
     # A model in bf16 has bf16 queries, which the bf16 variants multiply as they are.
     q = torch.randn(batch, KV_HEADS, group, dim).bfloat16().float()
     took = seconds([lambda v=v: attend_cpu(q, ((store, v),), dim**-0.5, threads, variant) for v in visits])
-    return visits[0].blocks.numel() * 2 * BLOCK * dim * store.element_size() / took
+    return listed_bytes(store, visits[0]) / took
 
 
 def asked_rate(store, visits, group: int, threads: int) -> float:
@@ -114,7 +119,7 @@ def asked_rate(store, visits, group: int, threads: int) -> float:
             time.sleep(1e-3)  # leaves the processor to the thread that is pinned to it
         times.append(doorbell.busy_seconds - before)
     doorbell.check()
-    return visits[0].blocks.numel() * 2 * BLOCK * dim * store.element_size() / statistics.median(times[1:])
+    return listed_bytes(store, visits[0]) / statistics.median(times[1:])
 
 
 def peer_rates(store, group: int, threads: int) -> dict[str, float]:

@@ -4,12 +4,9 @@ Usage: python benchmarks/draw_prediction.py RESULT.json [RESULT.json ...] docs/p
 A RESULT.json is the benchmark's last line. The dashed lines are a tenth more and a tenth less.
 """
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 
-from svg import Svg
+from svg import Svg, draw_results
 
 SIDE, LEFT, TOP, RIGHT, BOTTOM = 420, 64, 56, 150, 56
 COLOURS = ("#2471a3", "#e67e22", "#16a085", "#8e44ad", "#c0392b")
@@ -59,14 +56,7 @@ def draw(found: list[tuple[int, int, float, float]]) -> Svg:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    found = pairs([row for path in args.results for row in json.loads(path.read_text())["rows"]])
-    if not found:
-        parser.error(f"{', '.join(map(str, args.results))}: no row has a prediction and a measurement")
-    args.picture.write_text(str(draw(found)))
+    draw_results(__doc__, pairs, draw, "no row has a prediction and a measurement")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,7 @@ Usage: python benchmarks/draw_step.py RESULT.json [RESULT.json ...] docs/step.sv
 A RESULT.json is the benchmark's last line.
 """
 
-import argparse
-import json
-from pathlib import Path
-
-from svg import Svg
+from svg import Svg, draw_results
 
 WIDTH, LEFT, RIGHT, TOP, BAR, GAP, BOTTOM = 760, 150, 70, 64, 26, 16, 36
 PARTS = {
@@ -22,6 +18,10 @@ PARTS = {
     "other": "#bdc3c7",
     "between kernels": "#ecf0f1",
 }
+
+
+def profiled(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "split_ms" in row]
 
 
 def whole(row: dict) -> float:
@@ -60,14 +60,7 @@ def draw(rows: list[dict]) -> Svg:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    rows = [row for path in args.results for row in json.loads(path.read_text())["rows"] if "split_ms" in row]
-    if not rows:
-        parser.error(f"{', '.join(map(str, args.results))}: no row was profiled; run bench_decode.py --profile")
-    args.picture.write_text(str(draw(rows)))
+    draw_results(__doc__, profiled, draw, "no row was profiled; run bench_decode.py --profile")
 
 
 if __name__ == "__main__":

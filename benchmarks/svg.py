@@ -1,4 +1,9 @@
-"""A drawing in SVG: texts, lines and rectangles by their coordinates."""
+"""A drawing in SVG: texts, lines and rectangles by their coordinates; and the program that draws results."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 
 class Svg:
@@ -28,3 +33,21 @@ class Svg:
 
     def __str__(self) -> str:
         return "\n".join([*self.parts, "</svg>", ""])
+
+
+def draw_results(usage: str, wanted: Callable[[list[dict]], list], draw: Callable[[list], Svg], lacking: str):
+    """Read benchmarks' last lines, and write the picture of their rows: files by command-line argument.
+
+    Args:
+        usage: of the program
+        wanted: what of all rows is drawn
+        lacking: what is said where that is nothing
+    """
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    found = wanted([row for path in args.results for row in json.loads(path.read_text())["rows"]])
+    if not found:
+        parser.error(f"{', '.join(map(str, args.results))}: {lacking}")
+    args.picture.write_text(str(draw(found)))

@@ -74,11 +74,8 @@ def test_a_group_joins_together_but_waits_no_longer_than_its_patience():
     assert admission.choose(two, more_coming=False) == [0, 1, 2]  # nothing to wait for
     assert admission.choose(waiting(10), more_coming=True) == [0]  # nothing to go on with
     older = decoding(5) + waiting(10) + decoding(10)
-    assert admission.choose(older, more_coming=True) == [
-        0,
-        1,
-        2,
-    ]  # who is older than one that decodes waits for no group
+    # Who is older than one that decodes waits for no group.
+    assert admission.choose(older, more_coming=True) == [0, 1, 2]
 
 
 def test_working_sets_that_vary_from_window_to_window_do_not_send_a_request_away_and_back():

@@ -45,7 +45,7 @@ class Admission:
         self.group, self.patience = group, patience
         self.bound = NO_BOUND  # requests at once, after too many misses
         self._too_many = NO_BOUND  # requests at once that missed too much
-        self._before = math.inf  # share missed in the window before, if nobody joined in it
+        self._before = math.inf  # share missed in the window before, if few joined in it
         # Windows since the bound was set: of few misses, all without too many, in which it stopped nobody.
         self._calm = self._windows = self._idle = 0
         self._stopped = False

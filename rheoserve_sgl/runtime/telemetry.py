@@ -8,7 +8,7 @@ from functools import cache
 from rheoserve_sgl.coordinator.figures import Figures
 from rheoserve_sgl.runtime.batch import pages_of
 from rheoserve_sgl.runtime.controller import Controller
-from rheoserve_sgl.runtime.transaction import count_by_state
+from rheoserve_sgl.runtime.transaction import count_by_state, requests_by_state
 
 PREFIX = "sglang:rheoserve_"
 COUNTERS = {
@@ -117,6 +117,7 @@ def add_log_parts(parts, pool_stats):
 def export_metrics(result, collector, stats):
     """AFTER `SchedulerMetricsCollector.log_stats`: ours beside SGLang's, with the same labels."""
     if _telemetry is not None:
-        states = count_by_state(Controller.current and Controller.current.scheduler)
-        _telemetry.export(collector.labels, stats.num_used_tokens, states)
+        controller = Controller.current
+        found = requests_by_state(controller.scheduler) if controller else []
+        _telemetry.export(collector.labels, stats.num_used_tokens, count_by_state(found))
     return result

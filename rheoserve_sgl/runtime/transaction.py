@@ -84,10 +84,10 @@ def requests_by_state(scheduler) -> list[tuple[str, object]]:
     ]
 
 
-def count_by_state(scheduler) -> dict[str, int]:
-    """How many requests of a Scheduler are in each of STATES; none without one."""
-    counts = Counter(state for state, _ in requests_by_state(scheduler)) if scheduler else {}
-    return {state: counts.get(state, 0) for state in STATES}
+def count_by_state(found: list[tuple[str, object]]) -> dict[str, int]:
+    """How many of `requests_by_state` are in each of STATES."""
+    counts = Counter(state for state, _ in found)
+    return {state: counts[state] for state in STATES}
 
 
 def describe(scheduler, most: int = 100) -> dict:
@@ -98,7 +98,6 @@ def describe(scheduler, most: int = 100) -> dict:
         most: that are listed
     """
     found = requests_by_state(scheduler)
-    counts = Counter(state for state, _ in found)
     prefilled = [(request, Transaction.of(request)) for state, request in found if state in ("decoding", "waiting")]
     listed = [
         {
@@ -112,4 +111,4 @@ def describe(scheduler, most: int = 100) -> dict:
         }
         for request, one in prefilled[:most]
     ]
-    return {**{state: counts[state] for state in STATES}, "prefilled": listed}
+    return {**count_by_state(found), "prefilled": listed}
