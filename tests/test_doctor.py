@@ -33,7 +33,10 @@ def test_what_is_broken_is_bad_and_the_others_are_still_looked_at(monkeypatch):
     monkeypatch.setattr(software, "SGLANG_VERSION", "0.0.1")
     found = {finding.name: finding for finding in software.look_at_software()}
     assert found["SGLang"].state == "bad" and "pip install sglang==0.0.1" in found["SGLang"].advice
-    assert found["hooks"].state == "ok"
+    assert found["hooks"].state == "ok" and found["beside it"].state == "ok"
+    monkeypatch.setattr(software, "BESIDE", {"torch": "1.0", "triton": "3.6.0", "no-such-package": "2"})
+    beside = software.others()
+    assert beside.state == "note" and beside.advice == "tested with torch 1.0, no-such-package 2"
     monkeypatch.setattr(machine, "free_host_bytes", lambda: 10**8)
     assert machine.memory().state == "bad"
     broken = find("x", lambda: 1 / 0)
@@ -53,7 +56,20 @@ def test_an_operator_that_is_wrong_is_found(monkeypatch):
 
     monkeypatch.setattr(operators, "attend_cpu", wrong)
     found = {finding.name: finding.state for finding in operators.look_at_operators()}
-    assert found["attention, scalar"] == "bad" and found["append"] == "ok"
+    assert found["attention, scalar"] == found["merge"] == "bad" and found["append"] == found["learned gate"] == "ok"
+
+
+def test_the_exit_code_tells_whether_the_machine_is_fit(monkeypatch, capsys):
+    monkeypatch.setattr(operators, "SECONDS", 0.01)
+    monkeypatch.setattr(software, "PYTHONS", ((2, 7),))
+    assert command.main(["doctor"]) == 0  # a note is no fault
+    assert "note  Python" in capsys.readouterr().out
+    monkeypatch.setattr(operators, "append_cpu", lambda host, *rest: host.add_(1.0))
+    assert command.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "bad   append" in said and said.splitlines()[-1] == "not fit to serve: append"
+    assert command.main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["fit"] is False
 
 
 def test_the_table_has_a_line_for_each_finding_and_its_advice():
@@ -109,4 +125,6 @@ def test_plan_reads_a_checkpoint_and_names_what_is_wrong(checkpoints, tmp_path, 
 def test_a_gpu_is_looked_at():
     found = {finding.name: finding for finding in machine.look_at_machine()}
     assert torch.cuda.get_device_name(0) in found["GPU"].found and "GB/s" in found["PCIe"].found
-    assert operators.repeated("attention, GPU", operators.gpu_attention).state == "ok"
+    found = {finding.name: finding for finding in operators.look_at_operators()}
+    assert {finding.state for finding in found.values()} == {"ok"}, found
+    assert sum(name.endswith(", GPU") for name in found) == 4

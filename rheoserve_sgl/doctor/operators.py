@@ -5,14 +5,18 @@ import time
 import torch
 
 from rheoserve_sgl.doctor.finding import Finding, find
+from rheoserve_sgl.doctor.inputs import BLOCKS, DIM, GROUP, KV_HEADS, distance, gate_weights, lists, same_lists, table
+from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_cpu, append_torch
 from rheoserve_sgl.ops.attention import attend_cpu, attend_torch
+from rheoserve_sgl.ops.attn_gate import gate_keys_cpu, gate_keys_torch, gate_queries_cpu
 from rheoserve_sgl.ops.extension import extension
-from rheoserve_sgl.ops.plan import Rule, Select, Visit, plan_cpu, plan_torch
+from rheoserve_sgl.ops.merge import merge_torch
+from rheoserve_sgl.ops.plan import Rule, Select, plan_cpu, plan_torch
 from rheoserve_sgl.ops.score import record_cpu, record_torch, score_cpu, score_torch
+from rheoserve_sgl.runtime.writes import Writes
 
 SECONDS = 1.0
-KV_HEADS, GROUP, DIM, BLOCKS = 2, 4, 128, 64
 
 
 def look_at_operators() -> list[Finding]:
@@ -23,9 +27,12 @@ def look_at_operators() -> list[Finding]:
             Finding("operators", f"the compiled extension does not load: {error}", "bad", "install RheoServe again")
         ]
     checks = {f"attention, {variant}": lambda v=variant: attention(v) for variant in extension().cpu_variants()}
-    checks |= {"score and plan": selection, "recorder": recorder, "append": appending}
+    checks |= {"merge": merging, "score and plan": selection, "learned gate": gate}
+    checks |= {"recorder": recorder, "append": appending}
     if torch.cuda.is_available():
-        checks["attention, GPU"] = gpu_attention
+        from rheoserve_sgl.doctor.operators_gpu import CHECKS
+
+        checks |= CHECKS
     return [find(name, lambda name=name, look=look: repeated(name, look)) for name, look in checks.items()]
 
 
@@ -41,20 +48,6 @@ def repeated(name: str, once) -> Finding:
     return Finding(name, f"{tries} tries, off by {worst:.1e} at most")
 
 
-def lists(batch: int, width: int) -> Visit:
-    """Random blocks, some lists empty, last blocks not full."""
-    blocks = torch.rand(batch, KV_HEADS, BLOCKS).argsort(-1)[..., :width].int().contiguous()
-    shape = (batch, KV_HEADS)
-    counts = torch.randint(0, width + 1, shape, dtype=torch.int32)
-    return Visit(blocks, counts, torch.randint(1, 65, shape, dtype=torch.int32))
-
-
-def distance(mine, theirs) -> float:
-    """The largest difference; positions where both are infinite agree."""
-    same = (mine == theirs) | (mine.isinf() & theirs.isinf())
-    return float((mine - theirs).abs().masked_fill(same, 0.0).max())
-
-
 def attention(variant: str) -> tuple[float, float]:
     dtype = (torch.bfloat16, torch.float16, torch.float32)[int(torch.randint(3, ()))]
     blocks, visit = torch.randn(BLOCKS, 2, 64, DIM).to(dtype), lists(3, 9)
@@ -64,20 +57,15 @@ def attention(variant: str) -> tuple[float, float]:
     return max(distance(*pair) for pair in zip(mine, theirs, strict=True)), 1e-4
 
 
-def gpu_attention() -> tuple[float, float]:
-    from rheoserve_sgl.ops.gpu.attend import attend_gpu
-
-    blocks, visit = torch.randn(BLOCKS, 2, 64, DIM).bfloat16(), lists(3, 9)
-    q = torch.randn(3, KV_HEADS, GROUP, DIM).bfloat16().float()
-    there = Visit(*(part.cuda() for part in vars(visit).values()))
-    mine = attend_gpu(q.cuda(), blocks.cuda(), there, DIM**-0.5)
-    theirs = attend_torch(q, blocks, visit, DIM**-0.5)
-    return max(distance(got.cpu(), right) for got, right in zip(mine, theirs, strict=True)), 2e-2
-
-
-def table() -> tuple[torch.Tensor, torch.Tensor]:
-    pages = torch.stack([torch.randperm(BLOCKS - 1)[:40] + 1 for _ in range(3)])
-    return pages, torch.randint(1, 41, (3,), dtype=torch.int32)
+def merging() -> tuple[float, float]:
+    """Attention over both tiers at once, merged, against the two apart."""
+    stores, visits = torch.randn(2, BLOCKS, 2, 64, DIM).bfloat16(), (lists(3, 9), lists(3, 9))
+    q, scale = torch.randn(3, KV_HEADS, GROUP, DIM), DIM**-0.5
+    tiers = tuple(zip(stores, visits, strict=True))
+    mine = attend_cpu(q, tiers, scale, 2)
+    parts = (attend_torch(q, blocks, visit, scale) for blocks, visit in tiers)
+    theirs = merge_torch(*next(parts), *next(parts))
+    return max(distance(*pair) for pair in zip(mine, theirs, strict=True)), 1e-4
 
 
 def selection() -> tuple[float, float]:
@@ -89,12 +77,25 @@ def selection() -> tuple[float, float]:
     rest = (pages, n_pages, torch.randint(1, 65, (3,), dtype=torch.int32), frame_of)
     rule = Rule(Select.BUDGET, 1, 2, budget_pages=8)
     plans = [run(rule, mine, *rest) for run in (plan_cpu, plan_torch)]
-    for tier in ("device", "host"):
-        one, other = (getattr(plan, tier) for plan in plans)
-        listed = torch.arange(one.blocks.shape[-1]) < one.count[..., None]
-        if not torch.equal(one.count, other.count) or bool(((one.blocks != other.blocks) & listed).any()):
-            return 1.0, 0.0
+    if not all(same_lists(*(getattr(plan, tier) for plan in plans)) for tier in ("device", "host")):
+        return 1.0, 0.0
     return distance(mine, theirs), 1e-3
+
+
+def gate() -> tuple[float, float]:
+    """A learned gate's queries, and the keys of a page that becomes complete and of one that does not."""
+    weights, q, positions = gate_weights(), torch.randn(3, KV_HEADS, GROUP, DIM), torch.tensor([0, 63, 900])
+    worst = distance(gate_queries_cpu(weights, q, positions, 2), project_query(weights, q, positions))
+    writes = Writes(
+        pages=torch.tensor([5, 9]), requests=torch.tensor([0, 1]), token=torch.tensor([0, 40]),
+        before=torch.tensor([24, 0], dtype=torch.int32), filled=torch.tensor([64, 17], dtype=torch.int32),
+        key_position=torch.tensor([128, 0]), most_new=40,
+    )  # fmt: skip
+    plain, running = torch.randn(57, KV_HEADS, DIM), torch.randn(3, KV_HEADS, 3, DIM)
+    keys = torch.zeros(2, BLOCKS, KV_HEADS, weights.gate_dim)
+    gate_keys_cpu(weights, plain, writes, running.clone(), keys[0], 2)
+    gate_keys_torch(weights, plain, writes, running.clone(), keys[1])
+    return max(worst, distance(*keys)), 1e-3
 
 
 def recorder() -> tuple[float, float]:

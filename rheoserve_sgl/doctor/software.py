@@ -9,7 +9,13 @@ from rheoserve_sgl.doctor.finding import Finding, find
 from rheoserve_sgl.hooks import HOOKS, misfit
 
 PYTHONS = ((3, 11), (3, 12))
-BESIDE = ("torch", "flashinfer-python", "sglang-kernel", "triton", "transformers")
+BESIDE = {  # what the tests run with
+    "torch": "2.11.0",
+    "flashinfer-python": "0.6.15.post1",
+    "sglang-kernel": "0.4.5",
+    "triton": "3.6.0",
+    "transformers": "5.12.1",
+}
 
 
 def look_at_software() -> list[Finding]:
@@ -31,13 +37,18 @@ def sglang() -> Finding:
 
 
 def others() -> Finding:
-    versions = {}
-    for name in BESIDE:
+    versions, differing = {}, []
+    for name, tested in BESIDE.items():
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "none"
-    return Finding("beside it", ", ".join(f"{name} {number}" for name, number in versions.items()))
+        if versions[name].split("+")[0] != tested:  # "+cu130" and the like name a build, not a version
+            differing.append(f"{name} {tested}")
+    found = ", ".join(f"{name} {number}" for name, number in versions.items())
+    if differing:
+        return Finding("beside it", found, "note", "tested with " + ", ".join(differing))
+    return Finding("beside it", found)
 
 
 def plugin() -> Finding:

@@ -1,0 +1,45 @@
+"""Random inputs of operators, and how far two results are apart."""
+
+import torch
+
+from rheoserve_sgl.gate.attn_gate import K_PARTS, GateWeights
+from rheoserve_sgl.ops.plan import Visit
+
+KV_HEADS, GROUP, DIM, BLOCKS = 2, 4, 128, 64
+
+
+def lists(batch: int, width: int) -> Visit:
+    """Random blocks, some lists empty, last blocks not full."""
+    blocks = torch.rand(batch, KV_HEADS, BLOCKS).argsort(-1)[..., :width].int().contiguous()
+    shape = (batch, KV_HEADS)
+    counts = torch.randint(0, width + 1, shape, dtype=torch.int32)
+    return Visit(blocks, counts, torch.randint(1, 65, shape, dtype=torch.int32))
+
+
+def table() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of three requests, `[3, 40]` int64, and how many each has."""
+    pages = torch.stack([torch.randperm(BLOCKS - 1)[:40] + 1 for _ in range(3)])
+    return pages, torch.randint(1, 41, (3,), dtype=torch.int32)
+
+
+def gate_weights() -> GateWeights:
+    """A learned gate with all its parts, rotated for 1,024 positions."""
+    angles = torch.arange(1024)[:, None] * 1e4 ** (-torch.arange(DIM // 2) / (DIM // 2))
+    return GateWeights(
+        q=torch.randn(KV_HEADS, GROUP, DIM, DIM) / DIM**0.5,
+        k=torch.randn(KV_HEADS, len(K_PARTS) * DIM, DIM) / DIM**0.5,
+        q_norm=torch.rand(DIM),
+        k_norm=torch.rand(DIM),
+        rope=torch.cat((angles.cos(), angles.sin()), 1),
+    )
+
+
+def distance(mine, theirs) -> float:
+    """The largest difference; positions where both are infinite agree."""
+    same = (mine == theirs) | (mine.isinf() & theirs.isinf())
+    return float((mine - theirs).abs().masked_fill(same, 0.0).max())
+
+
+def same_lists(one: Visit, other: Visit) -> bool:
+    listed = torch.arange(one.blocks.shape[-1]) < one.count[..., None]
+    return torch.equal(one.count, other.count) and not bool(((one.blocks != other.blocks) & listed).any())
