@@ -23,6 +23,7 @@ from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.score import score
 from rheoserve_sgl.runtime.batch import Batch
+from rheoserve_sgl.runtime.telemetry import PREFIX
 
 pytestmark = pytest.mark.gpu
 
@@ -164,11 +165,15 @@ def reference(checkpoints, tmp_path_factory):
 )
 def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints, tmp_path):
     """Tokens are equal up to a step where the two best are within rounding; log probabilities up to there."""
-    with rheo_server(checkpoints.path(), ["--rheoserve-device-tokens", "1024", *HALF, *args], tmp_path, env) as server:
+    args = ["--rheoserve-device-tokens", "1024", "--enable-metrics", *HALF, *args]
+    with rheo_server(checkpoints.path(), args, tmp_path, env) as server:
         whole = [same_up_to_rounding(mine, theirs) for mine, theirs in zip(answers(server), reference, strict=True)]
         assert sum(whole) >= len(whole) / 2, f"{sum(whole)} of {len(whole)} answers are equal to the end"
         counts = server.rheo()
         assert counts["host_blocks"] > 0 < counts["device_blocks"]
+        metrics = server.metrics()
+        for name in ("host_attention_seconds", "exposed_wait_seconds"):
+            assert 0 < metrics[f"{PREFIX}{name}_total"] < 600, name
         after = server.settle()
         assert after["frames_used"] == after["host_pages_used"] == 0
 
