@@ -15,11 +15,14 @@ from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
 
 QUERIES = 16  # query heads to a KV head, at most
+FIRST, HALF_OCTAVE = 0x3D7FFFFF, 1 << 22  # -64 as `ordered` has it, and from there half octaves up: log-softmaxes
+DIGITS = 32
+WARPS = 0
 MOST_PAGES = 1 << 16  # of a request: places in both lists are counted in one number
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """uint32 that are ordered as the float32 are; NaN is the largest."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, ~bits, bits | (-2147483648))
@@ -49,30 +52,45 @@ def _scores(
 
 
 @triton.jit
-def _best(key, open_, room):
-    """The `room` largest of the open ones, or all; of equal ones the first."""
+def best(key, open_, room, FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr):
+    """The `room` largest of the open ones, or all; of equal ones the first.
+
+    Args:
+        key: see `ordered`
+        FIRST, STEP: marks of the first round; values that lie within them are told apart in fewer rounds
+        DIGITS: marks of a round
+    """
     key = tl.where(open_, key, 0)  # less than any float's
-    # The largest bound that at least `room` keys reach, four bits of it at a time, until just as many reach it.
-    digit = tl.arange(0, 16).to(tl.uint32)
+    # The largest bound that at least `room` keys reach, or a lower one that just as many reach. Each round divides what
+    # lies between two marks of the one before.
+    digit = tl.arange(0, DIGITS).to(tl.uint32)
     bound = tl.zeros([], tl.uint32)
-    place = tl.full([], 28, tl.uint32)
+    step = tl.full([], STEP, tl.uint32)
+    marks = tl.where(digit == 0, 0, FIRST + (digit - 1) * STEP).to(tl.uint32)
     got = tl.full([], 0, tl.int32)
     rounds = 0
-    while (rounds < 8) & (got != room):
-        marks = bound + (digit << place)
+    while (step > 0) & (got != room):
         reach = tl.sum((key[:, None] >= marks[None, :]).to(tl.int32), 0)
-        # The last digit whose mark enough keys reach, and how many do, in one reduction.
-        found = tl.max(tl.where(reach >= room, (digit.to(tl.int32) << 24) | reach, 0), 0)
-        bound += (found >> 24).to(tl.uint32) << place
+        # The last digit whose mark enough keys reach, and how many do, in one reduction. (Marks may run over.)
+        enough = (reach >= room) & (marks >= bound)
+        found = tl.max(tl.where(enough, (digit.to(tl.int32) << 24) | reach, 0), 0)
+        last = (found >> 24).to(tl.uint32)
         got = found & 0xFFFFFF
-        place -= 4
+        width = step
+        if rounds == 0:
+            bound = tl.where(last == 0, 0, FIRST + (last - 1) * STEP).to(tl.uint32)
+            width = tl.where(last == 0, FIRST, tl.where(last == DIGITS - 1, 0 - bound, STEP)).to(tl.uint32)
+        else:
+            bound += last * step
+        step = tl.where(width > 1, (width - 1) // DIGITS + 1, 0).to(tl.uint32)
+        marks = bound + digit * step
         rounds += 1
     chosen = open_ & (key >= bound)
     if got != room:
         equal = open_ & (key == bound)
         spare = got - room
-        last = tl.sum(equal.to(tl.int32), 0) - spare
-        chosen = chosen & ((key > bound) | (tl.cumsum(equal.to(tl.int32), 0) <= last))
+        last_equal = tl.sum(equal.to(tl.int32), 0) - spare
+        chosen = chosen & ((key > bound) | (tl.cumsum(equal.to(tl.int32), 0) <= last_equal))
     return chosen
 
 
@@ -83,19 +101,21 @@ def _plan(
     asks, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr, RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr, EARLY: tl.constexpr,
+    TOKENS: tl.constexpr, RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
+    FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
+    # What neither the kernel in front nor the one before that writes is read while they run.
     pair = tl.program_id(0)
     row = pair // kv_heads
     head = pair % kv_heads
     count = tl.load(n_pages + row)
-    said = tl.load(visited + pair)  # here, many barriers before it is written
+    said = tl.load(visited + pair)  # many barriers before it is written
     selects = tl.load(quiet + row) == 0
     tail = tl.load(tail_len + row)
     at = tl.arange(0, NP)
     valid = at < count
-    page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
+    page = tl.load(pages + row * max_pages + at, mask=at < max_pages, other=0)
+    page = tl.where(valid, page, 0).to(tl.int64)  # (so that this load does not wait for the count)
     block = page * kv_heads + head
     frame = tl.load(frame_of + block, mask=valid, other=-1)
     newest = tl.load(pages + row * max_pages + count - 1, mask=count > 0, other=0).to(tl.int64)
@@ -106,12 +126,13 @@ def _plan(
         here = tl.atomic_add(came, 0, sem="relaxed") >= COPIERS
         frame = tl.where((frame <= ARRIVING) & here, ARRIVING - frame, frame)
         newest_frame = tl.where((newest_frame <= ARRIVING) & here, ARRIVING - newest_frame, newest_frame)
+    start(EARLY)
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     n_forced = tl.minimum(count, sink + 1 + window)
-    best = tl.zeros([NP], tl.float32)
+    score = tl.zeros([NP], tl.float32)
     if RECORD:
         if selects:
-            best = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
+            score = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
     chosen, n_chosen = valid, count
     if SELECT == 1:
         chosen, n_chosen = forced, n_forced
@@ -120,15 +141,15 @@ def _plan(
         if selects & (budget < count):
             chosen, n_chosen = forced, n_forced
             if budget > n_forced:
-                chosen = forced | _best(_ordered(best), valid & (forced == 0), budget - n_forced)
+                chosen = forced | best(ordered(score), valid & (forced == 0), budget - n_forced, FIRST, STEP, DIGITS)
                 n_chosen = budget
     elif SELECT == 3:
         if selects:
-            chosen = forced | (valid & ((best > log_threshold) | (best != best)))
+            chosen = forced | (valid & ((score > log_threshold) | (score != score)))
             n_chosen = tl.sum(chosen.to(tl.int32), 0)
     if RECORD:
         if selects:
-            gain = tl.where(best == best, tl.exp(best), 0.0)
+            gain = tl.where(score == score, tl.exp(score), 0.0)
             if SELECT >= 2:
                 gain += chosen.to(tl.float32)
             tl.atomic_add(importance + block, gain * tl.load(weight), mask=valid, sem="relaxed")
@@ -210,7 +231,8 @@ def plan_gpu(
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
-        num_warps=min(max(width // 256, 4), 16), **early(q.device),
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS,
+        num_warps=WARPS or min(max(width // 256, 4), 16), **early(q.device),
     )  # fmt: skip
 
 

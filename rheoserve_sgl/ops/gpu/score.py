@@ -19,16 +19,18 @@ def _score(
     DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
+    # The page table is read while the kernels in front run, which do not write it.
     pair = tl.program_id(0)
     tile = tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
-    if (tile * PAGES < count) & (tl.load(quiet + row) == 0):
+    rests = tl.load(quiet + row) != 0
+    at = tile * PAGES + tl.arange(0, PAGES)
+    page = tl.load(pages + row * max_pages + at, mask=at < max_pages, other=0).to(tl.int64)
+    start(EARLY)
+    if (tile * PAGES < count) & (rests == 0):
         dim = tl.arange(0, WIDE)
-        at = tile * PAGES + tl.arange(0, PAGES)
         valid = at < count
-        page = tl.load(pages + row * max_pages + at, mask=valid, other=0).to(tl.int64)
         width = 2 * DIM if RANGE else DIM
         key = quick + (page * kv_heads + pair % kv_heads)[:, None] * width + dim[None, :]
         inside = valid[:, None] & (dim < DIM)[None, :]

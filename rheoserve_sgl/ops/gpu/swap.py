@@ -10,8 +10,9 @@ import triton.language as tl
 
 from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves
 from rheoserve_sgl.coordinator.exchange import HYSTERESIS, TINY
-from rheoserve_sgl.ops.gpu.plan import _best, _ordered
+from rheoserve_sgl.ops.gpu.plan import DIGITS, best, ordered
 
+FIRST, OCTAVE = 0xB5800000, 1 << 23  # 2**-20 as `ordered` has it, and from there octaves up: importance
 SLOTS = 32  # swaps of a layer, request and head, at most
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -21,6 +22,7 @@ def _pair(
     importance, frame_of, pages, n_pages, arrivals, victims, frames, counts, tails,
     layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, least, LARGEST: tl.constexpr, TINY: tl.constexpr,
     RECENT: tl.constexpr, FORCED_ONLY: tl.constexpr, SLOTS: tl.constexpr, NP: tl.constexpr,
+    FIRST: tl.constexpr, OCTAVE: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     layer, pair = tl.program_id(0), tl.program_id(1)
     row, head = pair // kv_heads, pair % kv_heads
@@ -45,7 +47,7 @@ def _pair(
             worth = tl.where(resident, worth * hysteresis + TINY, worth)
         worth = tl.where(forced, LARGEST, worth)
         open_ = forced if FORCED_ONLY else valid
-        wanted = _best(_ordered(worth), open_, room)
+        wanted = best(ordered(worth), open_, room, FIRST, OCTAVE, DIGITS)
         arriving, leaving = wanted & (resident == 0), resident & (wanted == 0)
         if not RECENT:
             arriving = arriving & (worth >= least)
@@ -111,7 +113,7 @@ def swap_gpu(ranking, residency, importance, tables, most: int, least: float) ->
         all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,
         float(least),
         LARGEST=LARGEST, TINY=TINY, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
-        SLOTS=SLOTS, NP=width, num_warps=min(max(width // 128, 4), 16),
+        SLOTS=SLOTS, NP=width, FIRST=FIRST, OCTAVE=OCTAVE, DIGITS=DIGITS, num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
     _claim[(layers, pairs)](
         residency.frame_of, residency.owners, *found, newest.block, newest.frame, newest.count,
