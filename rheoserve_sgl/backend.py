@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from itertools import accumulate
+from time import perf_counter
 
 import torch
 from sglang.srt.distributed import get_world_group
@@ -154,7 +155,7 @@ class RheoAttnBackend(AttentionBackend):
         if save_kv_cache:
             self._store(layer, forward_batch, k, v)
         heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)
-        scores = None
+        began, scores = perf_counter(), None
         if self.selects:
             tapped = self.taps and self.taps.of_layer(layer.layer_id)
             pool.gate.refresh(pool, index, self.writes, k, tapped)
@@ -165,9 +166,12 @@ class RheoAttnBackend(AttentionBackend):
         if self.selects:
             self.coordinator.record(index, batch, scores, steps.chosen if rule.needs_scores else None)
         self.coordinator.attended.add(steps, batch.requests)
+        chosen, seconds = perf_counter(), self.coordinator.seconds
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
         )
+        seconds["selection_seconds"] += chosen - began
+        seconds["host_attention_seconds"] += perf_counter() - chosen
         return out.view(len(out), -1).to(q.dtype)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):

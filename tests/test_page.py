@@ -125,6 +125,7 @@ def test_a_browser_shows_a_request_as_it_decodes(guarded, tmp_path):
         assert 0 < sum(colours) < len(colours)  # some blocks in host memory only, some on the device
         tiles = browser.run("return document.getElementById('tiles').innerText")
         assert "%" in tiles and "wait, prefilled" in tiles and "a step, predicted" in tiles
-        assert "ms" in browser.run("return document.getElementById('step').innerText")
+        step = browser.wait("return document.getElementById('step').innerText")
+        assert [name in step for name in ("selection", "attention", "rest of the step")] == [True] * 3, step
         if os.environ.get("RHEOSERVE_TEST_PICTURES"):
             browser.picture(Path(os.environ["RHEOSERVE_TEST_PICTURES"]) / "page.png")

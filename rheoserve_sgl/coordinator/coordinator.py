@@ -80,6 +80,7 @@ class Coordinator:
         self.weight = 1.0
         seed = environ.random_exchange_seed()
         self.gpu = None  # the GpuDecode, on a GPU
+        self.seconds = {"selection_seconds": 0.0, "host_attention_seconds": 0.0}  # of decode steps on a CPU alone
         self._random = None if seed is None else torch.Generator().manual_seed(seed)
         self._most = self._blocks(BEFORE_BYTES if self.lane is None else BESIDE_BYTES)
         self.counts = dict.fromkeys(("decode_steps", "exchanges", "exchanges_failed", "stored_bytes"), 0)
@@ -342,5 +343,5 @@ class Coordinator:
             **self.counts,
             **self.load,
             **blocks,
-            **(self.gpu.times() if self.gpu is not None else {}),
+            **(self.seconds if self.gpu is None else self.gpu.times()),
         }

@@ -19,8 +19,8 @@ class Figures:
     def read(self) -> dict:
         """Counts by name: blocks, bytes, seconds, frames."""
         coordinator, pool, gpu = self._coordinator, self._pool, self._coordinator.gpu
-        seconds = {}
         if gpu is None:
+            seconds = coordinator.seconds
             blocks = coordinator.attended.totals()
             moved, used = int(pool.moved), pool.residency.used
         else:

@@ -23,7 +23,8 @@ COUNTERS = {
     "stored_bytes": "Bytes of new tokens written to the host store.",
     "pauses": "Times that a request which decoded had to wait for others.",
     "waited_seconds": "Seconds that prefilled requests waited before they decoded, or decoded again.",
-    "host_attention_seconds": "Seconds in which the CPU attended to blocks (on a GPU only).",
+    "host_attention_seconds": "Seconds in which the CPU attended to blocks.",
+    "selection_seconds": "Seconds in which blocks were scored and picked (on a CPU alone).",
     "exposed_wait_seconds": "Seconds in which the GPU waited for the CPU's attention (on a GPU only).",
 }
 GAUGES = {

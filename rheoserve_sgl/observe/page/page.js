@@ -50,11 +50,18 @@ function tiles(values) {
   }));
 }
 
-/* Milliseconds of a step: the CPU attends beside the GPU, which waits for it at the end. */
+/* Milliseconds of a step. Beside a GPU the CPU attends while the GPU does, which waits for it at the end; alone it
+   selects and attends in turn. */
 function split(whole, steps, since) {
-  const wait = 1000 * (since("exposed_wait_seconds") || 0) / steps;
-  const host = 1000 * (since("host_attention_seconds") || 0) / steps;
-  const parts = [["step", whole - wait, "#5a6b7b"], ["waiting for the CPU", wait, "#b3422f"]];
+  const spent = (name) => 1000 * (since(name) || 0) / steps;
+  const [wait, selection, host] = ["exposed_wait", "selection", "host_attention"].map((name) => spent(name + "_seconds"));
+  const attention = selection > 0 ? host : 0;
+  const parts = [
+    ["rest of the step", whole - wait - selection - attention, "#5a6b7b"],
+    ["selection", selection, "#7a5ea8"],
+    ["attention", attention, "#b3422f"],
+    ["waiting for the CPU", wait, "#b3422f"],
+  ];
   by("step").replaceChildren(...parts.filter(([, took]) => took > 0).map(([name, took, colour]) => {
     const part = document.createElement("span");
     part.style.cssText = `flex: ${took}; background: ${colour}`;
