@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import draw_prediction
+import draw_thrash
 
 ROWS = [
     {"context": 2048, "requests": 1, "predicted_ms": 5.0, "windows_ms": 5.0},
@@ -39,3 +40,31 @@ def test_rows_without_a_prediction_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         draw_prediction.main()
     assert "no row has a prediction" in capsys.readouterr().err
+
+
+LOG = """\
+[2026-11-26 06:00:00] Decode batch, #running-req: 1, #token: 64, host share: 0.000, gen throughput (token/s): 9.00, #q
+[2026-11-26 06:00:02] Decode batch, #running-req: 24, #token: 64, host share: 0.{share}, gen throughput (token/s): 200.0
+[2026-11-26 06:00:10] Decode batch, #running-req: 24, #token: 64, host share: 0.500, gen throughput (token/s): 100.0, x
+"""
+
+
+def test_logs_of_two_servers_are_drawn_beside_each_other(tmp_path, monkeypatch, capsys):
+    for name, share in (("off", "800"), ("on", "250")):
+        (tmp_path / name).write_text(LOG.replace("{share}", share))
+    files = [str(tmp_path / name) for name in ("off", "on", "picture.svg")]
+    monkeypatch.setattr(sys, "argv", ["draw", *files])
+    draw_thrash.main()
+    text = (tmp_path / "picture.svg").read_text()
+    width, high = draw_thrash.WIDTH - draw_thrash.LEFT - draw_thrash.RIGHT, draw_thrash.HIGH
+    x = draw_thrash.LEFT + width * 0.2
+    for share, (_, colour) in zip((0.8, 0.25), draw_thrash.COLOURS, strict=True):
+        y = draw_thrash.TOP + high * (1 - share)
+        assert (
+            f'<path d="M{x:.1f} {y:.1f}L740.0 {draw_thrash.TOP + high / 2:.1f}" fill="none" stroke="{colour}"' in text
+        )
+    assert text.count('stroke="#c0392b"') == text.count('stroke="#2471a3"') == 2
+    (tmp_path / "on").write_text("nothing of it")
+    with pytest.raises(SystemExit):
+        draw_thrash.main()
+    assert "on: no decode line" in capsys.readouterr().err

@@ -16,8 +16,7 @@ from rheoserve_sgl.ops.plan import Rule, Select
 
 QUERIES = 16  # query heads to a KV head, at most
 FIRST, HALF_OCTAVE = 0x3D7FFFFF, 1 << 22  # -64 as `ordered` has it, and from there half octaves up: log-softmaxes
-DIGITS = 32
-WARPS = 0
+DIGITS = 16  # marks of a round of the search
 MOST_PAGES = 1 << 16  # of a request: places in both lists are counted in one number
 
 
@@ -231,8 +230,7 @@ def plan_gpu(
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
-        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS,
-        num_warps=WARPS or min(max(width // 256, 4), 16), **early(q.device),
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, num_warps=min(max(width // 256, 4), 16), **early(q.device),
     )  # fmt: skip
 
 

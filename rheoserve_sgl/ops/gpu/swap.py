@@ -12,7 +12,7 @@ from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves
 from rheoserve_sgl.coordinator.exchange import HYSTERESIS, TINY
 from rheoserve_sgl.ops.gpu.plan import DIGITS, best, ordered
 
-FIRST, OCTAVE = 0xB5800000, 1 << 23  # 2**-20 as `ordered` has it, and from there octaves up: importance
+FIRST, OCTAVE = 0xBA800000, 1 << 23  # 2**-10 as `ordered` has it, and from there octaves up: importance
 SLOTS = 32  # swaps of a layer, request and head, at most
 LARGEST = float(torch.finfo(torch.float32).max)
 
