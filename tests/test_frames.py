@@ -107,6 +107,18 @@ def test_a_new_page_gets_frames_where_all_fit(length):
     assert pool.residency.used == before + (LAYERS * HEADS if length % 64 == 1 and fits else 0)
 
 
+@pytest.mark.parametrize(("frames", "exchanges"), [(6, 2), (2, 11)])
+def test_exchanges_end_where_all_fit(frames, exchanges):
+    """One to begin with and one for the page that starts; with too few frames one every fourth step, as well."""
+    pool, _ = make_pool(64 * 20, 64 * frames, exchange_interval=4)
+    table, slot = torch.arange(64, 64 * 20, dtype=torch.int32)[None], torch.tensor([0])
+    for length in range(160, 200):
+        lens = torch.tensor([length])
+        pool.coordinator.begin_decode(lambda lens=lens: Batch.build(table, slot, lens, int(lens), 1, 1), lens)
+    assert pool.coordinator.counts["exchanges"] == exchanges
+    assert pool.residency.used == min(frames, 4) * LAYERS * HEADS
+
+
 def test_frames_are_counted_for_real():
     """2048 device tokens are 32 frames for each KV head of a layer and not a byte of KV more, but for one
     row a layer that takes writes meant for no frame."""

@@ -73,6 +73,7 @@ class Coordinator:
         self.idle = IdleFrames(pool.residency, pool.host.pages, pool.device)
         self._steps, self._warns_at = 0, 0
         self._due = False  # whether an exchange waits for the one before
+        self._fits = False  # whether this step's requests have frames for all their blocks
         self._changed = True  # whether requests joined or left since the last exchange
         # Where blocks move beside the forward pass; None: they move before it.
         self.lane = Lane(pool) if pool.importance.is_cuda else None
@@ -176,7 +177,7 @@ class Coordinator:
 
         Args:
             make_batch: gives the step's Batch; called only if blocks are exchanged
-            lens: `[batch]` tokens of each request on the CPU, the new one included, where blocks also swap
+            lens: `[batch]` tokens of each request on the CPU, the new one included, where blocks move beside the step
         """
         self.settle()
         self.attended.settle()
@@ -186,10 +187,12 @@ class Coordinator:
         self.counts["decode_steps"] += 1
         self._fade()
         self._finish_copies()
-        self._due |= self._changed or self._random is not None or self._steps % self.config.exchange_interval == 0
-        self._due |= lens is not None and self._page_finds_frames(lens)
+        self._fits = lens is not None and self._all_fit(lens)
+        periodic = self._steps % self.config.exchange_interval == 0
+        self._due |= self._changed or self._random is not None or (periodic and not self._fits)
+        self._due |= self._fits and bool((lens % PAGE_TOKENS == 1).any())  # a request starts a page
         make_batch = cache(make_batch)
-        if self.working_sets is not None and self._steps % self.config.exchange_interval == 0:
+        if self.working_sets is not None and periodic:
             recent = self.weight * DECAY**STEPS * ROUNDING
             self.working_sets.measure(self.pool.importance, make_batch(), recent, self.attended.counts)
         if self._due and not (self.lane and self.lane.busy):
@@ -201,12 +204,13 @@ class Coordinator:
         if self.lane is not None:
             self._due |= self.lane.finish()
 
-    def _page_finds_frames(self, lens: torch.Tensor) -> bool:
-        """Whether a request starts a page and frames are left: an exchange gives it some, a swap takes others'."""
-        if not bool((lens % PAGE_TOKENS == 1).any()):
-            return False
-        pages = pages_of(lens)
-        return int(pages.sum()) * self.pool.head_num <= self.pool.frame_count
+    def _all_fit(self, lens: torch.Tensor) -> bool:
+        """Whether there are frames for all blocks of these requests.
+
+        Then exchanges go on until all are there, and a new page has one of its own: no periodic one, and no swap, is
+        needed.
+        """
+        return int(pages_of(lens).sum()) * self.pool.head_num <= self.pool.frame_count
 
     def swap(self, tables):
         """Let blocks that matter more now take others' frames, beside the step; call after `begin_decode` on a GPU.
@@ -214,7 +218,7 @@ class Coordinator:
         Args:
             tables: the step's page table, without padding
         """
-        if self.lane is not None and not self.lane.busy and self._random is None:
+        if self.lane is not None and not self.lane.busy and self._random is None and not self._fits:
             self._move(self.swap_now, tables)
 
     def swap_now(self, tables):
