@@ -17,7 +17,7 @@ LINE = re.compile(
     r"gen throughput \(token/s\): (?P<rate>[\d.]+)"
 )
 COLOURS = (("admission off", "#c0392b"), ("admission on", "#2471a3"))
-BANDS = (("of the attention, by the CPU", "share"), ("tokens a second", "rate"))
+BANDS = (("share of the blocks attended to that the CPU attends to", "share"), ("tokens a second", "rate"))
 
 
 def read(log: Path) -> list[dict]:
