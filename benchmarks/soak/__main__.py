@@ -77,8 +77,9 @@ def soak(args, model: Path, folder: Path) -> dict:
         if left.get(name):
             failures.append(f"{name} is {left[name]} after the last request and a flush")
     grown = memory.growth()
-    if grown.get("last_third_grew", 0.0) > GROWTH:
-        failures.append(f"memory grew: {grown}")
+    for name, amounts in grown.items():
+        if amounts.get("last_third_grew", 0.0) > GROWTH:
+            failures.append(f"{name} memory grew: {amounts}")
     dense = ["--attention-backend", args.dense, "--page-size", "64", "--max-total-tokens", "65536"]
     with Server(model, [*COMMON, *dense, "--dtype", args.dtype], folder / "dense.log") as server:
         wrong = compare(server, traffic.kept, args.tolerance)
