@@ -84,7 +84,8 @@ def launch_all(dtype: torch.dtype, dim: int):
     quiet.mark_quiet(torch.zeros(LAYERS, ALL_PAGES, KV_HEADS, dtype=torch.int32), step)
     scratch = tables.Scratch.make(*pairs, GROUP, PAGES, "cpu")
     score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), step, scratch, 0.1, "range")
-    score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim), step, scratch, 0.1, "dot")
+    for keys in (torch.float32, torch.bfloat16):
+        score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), step, scratch, 0.1, "dot")
     short = q.to(torch.bfloat16)  # tensor cores
     score.score_tiles(short, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim, dtype=short.dtype), step, scratch, 0.1, "range")
     exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
@@ -122,7 +123,8 @@ def launch_all(dtype: torch.dtype, dim: int):
     for keys, width in (("max_min", 2 * dim), ("mean", dim)):
         fold.pool_gpu(keys, k, writes, torch.zeros(ALL_PAGES, KV_HEADS, width))
     append_pages.append_pages_gpu(host, frames, frame_of, writes, k, k)
-    gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim))
+    for keys in (torch.float32, torch.bfloat16):
+        gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys))
 
 
 def main():

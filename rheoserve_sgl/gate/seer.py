@@ -39,6 +39,10 @@ class SeerGate(Gate):
     def key_dim(self, head_dim: int) -> int:
         return self.layers[0].gate_dim
 
+    def key_dtype(self, dtype: torch.dtype, device: str) -> torch.dtype:
+        # As the published code keeps them; a step reads all of them. (Without a norm float16 might not hold them.)
+        return torch.bfloat16 if dtype.itemsize == 2 and torch.device(device).type == "cuda" else torch.float32
+
     def prepare(self, rope: torch.Tensor, slots: int, head_dim: int):
         """Before the first step: the model's rotations, and room for the incomplete pages of so many requests.
 

@@ -23,7 +23,7 @@ def gate_keys(weights: GateWeights, plain, writes: Writes, running, quick, threa
         writes: where they went
         running: `[slots, kv_heads, 3, head_dim]` float32: max, min and sum of each request's incomplete page;
             the last slot is nobody's
-        quick: `[all_pages, kv_heads, gate_dim]` float32
+        quick: `[all_pages, kv_heads, gate_dim]`, on a CPU float32
         threads: size of the worker pool, where tensors are on a CPU
     """
     if quick.device.type == "cpu":
@@ -61,7 +61,7 @@ def _keep(weights: GateWeights, folded, writes: Writes, running, quick):
     complete = (writes.filled == PAGE_TOKENS)[:, None, None]
     pooled = {"max": high, "min": low, "avg": total / PAGE_TOKENS}
     keys = project_key(weights, torch.cat([pooled[part] for part in weights.parts], -1), writes.key_position)
-    quick[writes.pages] = keys.where(complete, 0.0)
+    quick[writes.pages] = keys.where(complete, 0.0).to(quick.dtype)
     # Of a request's pages only the last can be incomplete; the others' values go to nobody's.
     slot = torch.where(complete[:, 0, 0], len(running) - 1, writes.requests)
     running[slot] = folded
