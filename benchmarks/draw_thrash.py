@@ -13,7 +13,7 @@ from draw_load import GAP, HIGH, LEFT, RIGHT, TOP, WIDTH, round_up
 from svg import Svg
 
 LINE = re.compile(
-    r"\[(?P<at>[\d: -]+)[^]]*\] Decode batch.*#running-req: (?P<running>\d+).*host share: (?P<share>[\d.]+).*"
+    r"\[(?P<at>[\d-]+ [\d:]+)[^]]*\] Decode batch.*#running-req: (?P<running>\d+).*host share: (?P<share>[\d.]+).*"
     r"gen throughput \(token/s\): (?P<rate>[\d.]+)"
 )
 COLOURS = (("admission off", "#c0392b"), ("admission on", "#2471a3"))

@@ -166,12 +166,14 @@ class RheoAttnBackend(AttentionBackend):
         if self.selects:
             self.coordinator.record(index, batch, scores, steps.chosen if rule.needs_scores else None)
         self.coordinator.attended.add(steps, batch.requests)
-        chosen, seconds = perf_counter(), self.coordinator.seconds
+        chosen = perf_counter()
         out = attend_tiers(
             heads, pool.frames.layers[index], pool.host.blocks(index), steps, layer.scaling, self.threads
         )
-        seconds["selection_seconds"] += chosen - began
-        seconds["host_attention_seconds"] += perf_counter() - chosen
+        if out.device.type == "cpu":
+            seconds = self.coordinator.seconds
+            seconds["selection_seconds"] += chosen - began
+            seconds["host_attention_seconds"] += perf_counter() - chosen
         return out.view(len(out), -1).to(q.dtype)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):

@@ -245,6 +245,8 @@ def test_requests_that_are_all_resident_are_quiet_but_for_every_eighth_step():
     totals, visited = torch.zeros((20, 3), dtype=torch.int64, device=DEVICE), torch.zeros_like(device.count)
     score_tiles(q, quick, tables, scratch, 0.125, "dot")
     frame_of[1, batch.pages[0, 3], 0] = -1  # a swap took it since
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # the plan reads it while the kernel in front runs
     plan_gpu(rule, q, tables, scratch, frame_of[1], importance, weight, budgets, exchange, device, visited, totals)
     if DEVICE == "cuda":
         torch.cuda.synchronize()

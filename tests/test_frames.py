@@ -119,6 +119,37 @@ def test_exchanges_end_where_all_fit(frames, exchanges):
     assert pool.residency.used == min(frames, 4) * LAYERS * HEADS
 
 
+def test_where_all_fit_an_exchange_that_failed_is_tried_again(monkeypatch):
+    pool, _ = make_pool(64 * 20, 64 * 6, exchange_interval=4)
+    table, slot = torch.arange(64, 64 * 20, dtype=torch.int32)[None], torch.tensor([0])
+    fill, failures = pool.fill, []
+
+    def fails_once(*args, **kwargs):
+        if not failures:
+            failures.append(1)
+            raise RuntimeError("no memory for it")
+        return fill(*args, **kwargs)
+
+    monkeypatch.setattr(pool, "fill", fails_once)
+    for length in range(160, 165):
+        lens = torch.tensor([length])
+        pool.coordinator.begin_decode(lambda lens=lens: Batch.build(table, slot, lens, int(lens), 1, 1), lens)
+    assert failures and pool.coordinator.counts["exchanges_failed"] == 1
+    assert pool.residency.used == 3 * LAYERS * HEADS
+
+
+def test_where_all_fit_other_pages_of_a_request_get_frames():
+    """As when the radix tree has had the same tokens before, and its pages take the place of the request's own."""
+    pool, _ = make_pool(64 * 20, 64 * 6, exchange_interval=1000)
+    table, slot, lens = torch.arange(64, 64 * 20, dtype=torch.int32)[None], torch.tensor([0]), torch.tensor([170])
+    pool.coordinator.begin_decode(lambda: Batch.build(table, slot, lens, 170, 1, 1), lens)
+    table[0, :128] += 64 * 10
+    pool.coordinator.page_freed(torch.tensor([1, 2]))
+    lens = lens + 1
+    pool.coordinator.begin_decode(lambda: Batch.build(table, slot, lens, 171, 1, 1), lens)
+    assert bool((pool.residency.frame_of[:, [11, 12, 3]] >= 0).all()) and pool.residency.used == 3 * LAYERS * HEADS
+
+
 def test_frames_are_counted_for_real():
     """2048 device tokens are 32 frames for each KV head of a layer and not a byte of KV more, but for one
     row a layer that takes writes meant for no frame."""

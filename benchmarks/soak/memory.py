@@ -13,12 +13,15 @@ class MemoryWatch:
     """Looks at the resident memory of a process and its children, and at what is used of the GPU, until it is closed.
 
     bytes: at each look; "device", where there is a GPU, is of all its processes
+    error: what ended the looking, if anything did
     """
 
     def __init__(self, pid: int):
         self._process, self._stop = psutil.Process(pid), threading.Event()
         self.bytes: dict[str, list[int]] = {"host": []}
+        self.error: Exception | None = None
         if torch.cuda.is_available():
+            torch.cuda.mem_get_info()  # takes some of the GPU's memory itself: now, not at the first look
             self.bytes["device"] = []
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -31,15 +34,22 @@ class MemoryWatch:
         self._thread.join()
 
     def _look(self):
-        while not self._stop.wait(EVERY):
-            self.bytes["host"].append(self._resident())
-            if "device" in self.bytes:
-                free, total = torch.cuda.mem_get_info()
-                self.bytes["device"].append(total - free)
+        try:
+            while not self._stop.wait(EVERY):
+                self.bytes["host"].append(self._resident())
+                if "device" in self.bytes:
+                    free, total = torch.cuda.mem_get_info()
+                    self.bytes["device"].append(total - free)
+        except Exception as error:  # told by whoever asks for the figures
+            self.error = error
 
     def _resident(self) -> int:
-        total = 0
-        for process in (self._process, *self._process.children(recursive=True)):
+        total, found = 0, [self._process]
+        try:
+            found += self._process.children(recursive=True)
+        except psutil.NoSuchProcess:
+            pass
+        for process in found:
             try:
                 total += process.memory_info().rss
             except psutil.NoSuchProcess:

@@ -74,6 +74,7 @@ class Coordinator:
         self._steps, self._warns_at = 0, 0
         self._due = False  # whether an exchange waits for the one before
         self._fits = False  # whether this step's requests have frames for all their blocks
+        self._failed = False  # whether the last exchange or swap failed
         self._changed = True  # whether requests joined or left since the last exchange
         # Where blocks move beside the forward pass; None: they move before it.
         self.lane = Lane(pool) if pool.importance.is_cuda else None
@@ -159,6 +160,7 @@ class Coordinator:
                 pages.record_stream(torch.cuda.current_stream())
         pages = torch.cat(self._freed).long()
         self._freed.clear()
+        self._changed = True  # a request that goes on may have got others for them, with what the radix tree had
         self.pool.forget_pages(pages)
         if self.pool.canary is not None:
             self.pool.canary.settle()
@@ -189,7 +191,7 @@ class Coordinator:
         self._finish_copies()
         self._fits = lens is not None and self._all_fit(lens)
         periodic = self._steps % self.config.exchange_interval == 0
-        self._due |= self._changed or self._random is not None or (periodic and not self._fits)
+        self._due |= self._changed or self._random is not None or (periodic and (self._failed or not self._fits))
         self._due |= self._fits and bool((lens % PAGE_TOKENS == 1).any())  # a request starts a page
         make_batch = cache(make_batch)
         if self.working_sets is not None and periodic:
@@ -205,7 +207,7 @@ class Coordinator:
             self._due |= self.lane.finish()
 
     def _all_fit(self, lens: torch.Tensor) -> bool:
-        """Whether there are frames for all blocks of these requests.
+        """Whether there are frames for all blocks of these requests, those that several share counted for each.
 
         Then exchanges go on until all are there, and a new page has one of its own: no periodic one, and no swap, is
         needed.
@@ -268,7 +270,9 @@ class Coordinator:
         """Exchange or swap, or go on without: all is in the host store, so what fails here costs speed only."""
         try:
             exchange_or_swap(argument)
+            self._failed = False
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
+            self._failed = True
             self.counts["exchanges_failed"] += 1
             if self._steps >= self._warns_at:
                 self._warns_at = self._steps + WARN_STEPS

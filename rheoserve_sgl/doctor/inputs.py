@@ -6,6 +6,7 @@ from rheoserve_sgl.gate.attn_gate import K_PARTS, GateWeights
 from rheoserve_sgl.ops.plan import Visit
 
 KV_HEADS, GROUP, DIM, BLOCKS = 2, 4, 128, 64
+FRAMES = BLOCKS * KV_HEADS // 2
 
 
 def lists(batch: int, width: int) -> Visit:
@@ -42,4 +43,12 @@ def distance(mine, theirs) -> float:
 
 def same_lists(one: Visit, other: Visit) -> bool:
     listed = torch.arange(one.blocks.shape[-1]) < one.count[..., None]
-    return torch.equal(one.count, other.count) and not bool(((one.blocks != other.blocks) & listed).any())
+    used = one.count > 0
+    same = torch.equal(one.count, other.count) and torch.equal(one.last_len[used], other.last_len[used])
+    return same and not bool(((one.blocks != other.blocks) & listed).any())
+
+
+def some_frames() -> torch.Tensor:
+    """Frames of half of the blocks, `[BLOCKS, KV_HEADS]` int32, none twice; -1: none."""
+    order = torch.randperm(BLOCKS * KV_HEADS, dtype=torch.int32).view(BLOCKS, KV_HEADS)
+    return torch.where(order < FRAMES, order, -1)

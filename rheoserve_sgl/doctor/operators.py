@@ -5,7 +5,19 @@ import time
 import torch
 
 from rheoserve_sgl.doctor.finding import Finding, find
-from rheoserve_sgl.doctor.inputs import BLOCKS, DIM, GROUP, KV_HEADS, distance, gate_weights, lists, same_lists, table
+from rheoserve_sgl.doctor.inputs import (
+    BLOCKS,
+    DIM,
+    FRAMES,
+    GROUP,
+    KV_HEADS,
+    distance,
+    gate_weights,
+    lists,
+    same_lists,
+    some_frames,
+    table,
+)
 from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_cpu, append_torch
 from rheoserve_sgl.ops.attention import attend_cpu, attend_torch
@@ -108,12 +120,12 @@ def recorder() -> tuple[float, float]:
 
 
 def appending() -> tuple[float, float]:
-    frame_of = torch.arange(BLOCKS * KV_HEADS, dtype=torch.int32).view(BLOCKS, KV_HEADS) % 7 - 1
-    loc = torch.randperm(64 * (BLOCKS - 1))[:5] + 64
+    """New tokens into the host store, and into frames where there are some."""
+    frame_of, loc = some_frames(), torch.randperm(64 * (BLOCKS - 1))[:5] + 64
     k, v = torch.randn(2, 5, KV_HEADS, DIM)
     stores = []
     for run in (append_cpu, append_torch):
-        host, frames = torch.zeros(BLOCKS, KV_HEADS, 2, 64, DIM), torch.zeros(7, 2, 64, DIM)
+        host, frames = torch.zeros(BLOCKS, KV_HEADS, 2, 64, DIM), torch.zeros(FRAMES + 1, 2, 64, DIM)
         run(host, frames, frame_of, loc, k, v)
-        stores.append(host)
-    return distance(*stores), 0.0
+        stores.append((host, frames[:FRAMES]))  # the last one takes what has no frame
+    return max(distance(*pair) for pair in zip(*stores, strict=True)), 0.0

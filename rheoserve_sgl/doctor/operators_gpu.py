@@ -1,15 +1,28 @@
-"""The kernels of a decode step on a GPU, each against its plain-torch form on the CPU; see `operators.py`."""
+"""Kernels of a decode step on a GPU, each against its plain-torch form on the CPU; see `operators.py`."""
 
 import torch
 
 from rheoserve_sgl.cache.host_memory import pin_all, zeroed
-from rheoserve_sgl.doctor.inputs import BLOCKS, DIM, GROUP, KV_HEADS, distance, gate_weights, lists, same_lists, table
+from rheoserve_sgl.doctor.inputs import (
+    BLOCKS,
+    DIM,
+    FRAMES,
+    GROUP,
+    KV_HEADS,
+    distance,
+    gate_weights,
+    lists,
+    same_lists,
+    some_frames,
+    table,
+)
+from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_torch
 from rheoserve_sgl.ops.attention import attend_torch
 from rheoserve_sgl.ops.merge import merge_torch
 from rheoserve_sgl.ops.plan import Rule, Select, Visit, plan_torch
-from rheoserve_sgl.ops.score import score_torch
+from rheoserve_sgl.ops.score import record_torch, score_torch
 
 PINNED = []  # for as long as the program runs: the driver knows their addresses
 
@@ -31,7 +44,7 @@ def attention() -> tuple[float, float]:
 
 
 def selection() -> tuple[float, float]:
-    """Score and plan; lists that differ count as 1."""
+    """Quest's scores and the plan, on tensor cores as of a 16-bit model; lists that differ count as 1."""
     from rheoserve_sgl.ops.doorbell import Exchange
     from rheoserve_sgl.ops.gpu.plan import plan_gpu
     from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -39,11 +52,12 @@ def selection() -> tuple[float, float]:
 
     pages, n_pages = table()
     tail_len = torch.randint(1, 65, (3,), dtype=torch.int32)
-    q, quick = torch.randn(3, KV_HEADS, GROUP, DIM), torch.randn(BLOCKS, KV_HEADS, DIM)
-    frame_of = torch.randint(-9, 9, (BLOCKS, KV_HEADS), dtype=torch.int32).clamp(min=-1)
-    scores = score_torch(q, quick, pages, n_pages, DIM**-0.5)
-    rule = Rule(Select.BUDGET, 1, 2, budget_pages=8)
+    q, quick = torch.randn(3, KV_HEADS, GROUP, DIM).bfloat16(), torch.randn(BLOCKS, KV_HEADS, 2 * DIM).bfloat16()
+    frame_of, rule = some_frames(), Rule(Select.BUDGET, 1, 2, budget_pages=8)
+    scores = score_torch(make_gate("quest").query(q.float()), quick.float(), pages, n_pages, DIM**-0.5)
     right = plan_torch(rule, scores, pages, n_pages, tail_len, frame_of)
+    recorded = torch.zeros(BLOCKS, KV_HEADS)
+    record_torch(scores, right.chosen, recorded, pages, n_pages, 1.0)
 
     most = pages.shape[1]
     tables = Tables.make(3, most, "cuda")
@@ -55,14 +69,17 @@ def selection() -> tuple[float, float]:
     importance, weight = torch.zeros(BLOCKS, KV_HEADS, device="cuda"), torch.ones(1, device="cuda")
     budgets = torch.full((3,), rule.budget_pages, dtype=torch.int32, device="cuda")
     visited, totals = torch.zeros_like(visit.count), torch.zeros((3, 3), dtype=torch.int64, device="cuda")
-    score_tiles(q.cuda(), quick.cuda(), tables, scratch, DIM**-0.5, "dot")
-    plan_gpu(
-        rule, q.cuda(), tables, scratch, frame_of.cuda(), importance, weight, budgets, exchange, visit, visited, totals
-    )  # fmt: skip
+    here = [t.cuda() for t in (q, quick, frame_of)]
+    score_tiles(*here[:2], tables, scratch, DIM**-0.5, "range")
+    plan_gpu(rule, here[0], tables, scratch, here[2], importance, weight, budgets, exchange, visit, visited, totals)
     torch.cuda.synchronize()
     ours = Visit(*(part.cpu() for part in vars(visit).values()))
-    # (A tie within rounding may be decided otherwise; random numbers have none.)
-    return float(not (same_lists(ours, right.device) and same_lists(exchange.visit, right.host))), 0.0
+    again = plan_torch(rule, scores + 1e-4 * torch.rand_like(scores), pages, n_pages, tail_len, frame_of)
+    if not torch.equal(again.chosen, right.chosen):
+        return 0.0, 1.0  # too close for rounding to decide it
+    if not (same_lists(ours, right.device) and same_lists(exchange.visit, right.host)):
+        return 1.0, 0.0
+    return distance(importance.cpu()[1:], recorded[1:]), 1e-3
 
 
 def gate() -> tuple[float, float]:
@@ -77,7 +94,7 @@ def gate() -> tuple[float, float]:
 
 
 def appending() -> tuple[float, float]:
-    """New tokens into frames and into pinned memory, and blocks from there into frames."""
+    """New tokens into frames and into pinned memory, and blocks from there into other frames."""
     from rheoserve_sgl.cache.pool import addresses
     from rheoserve_sgl.cache.residency import Moves
     from rheoserve_sgl.ops.gpu.append import append_gpu
@@ -86,21 +103,22 @@ def appending() -> tuple[float, float]:
     if not PINNED:
         PINNED.append(zeroed((BLOCKS, KV_HEADS, 2, 64, DIM), torch.bfloat16))
         pin_all(appending, PINNED, 1)
-    host = PINNED[0]
+    host, frame_of = PINNED[0], some_frames()
     host.zero_()
-    frame_of = torch.arange(BLOCKS * KV_HEADS, dtype=torch.int32).view(BLOCKS, KV_HEADS) % 7 - 1
     loc = torch.randperm(64 * (BLOCKS - 1))[:5] + 64
     k, v = torch.randn(2, 5, KV_HEADS, DIM).bfloat16()
-    frames = torch.zeros(7, 2, 64, DIM, dtype=torch.bfloat16, device="cuda")
+    right, kept = torch.zeros_like(host), torch.zeros(FRAMES + 1, 2, 64, DIM, dtype=torch.bfloat16)
+    frames = kept.cuda()
     append_gpu(host, frames, frame_of.cuda(), loc.cuda(), k.cuda(), v.cuda())
-    right = torch.zeros_like(host)
-    append_torch(right, torch.zeros_like(frames, device="cpu"), frame_of, loc, k, v)
+    append_torch(right, kept, frame_of, loc, k, v)
+    # (On a CPU the last frame takes what has none.)
+    worst = distance(frames[:FRAMES].cpu().float(), kept[:FRAMES].float())
     blocks = (loc // 64 * KV_HEADS)[None].cuda()
     moves = Moves(blocks, torch.arange(5, device="cuda")[None], torch.tensor([5], device="cuda"))
     fill_frames(addresses([host], "cuda"), addresses([frames], "cuda"), right[0, 0].nbytes, moves)
     torch.cuda.synchronize()
     moved = right.flatten(0, 1)[blocks[0].cpu()]
-    return max(distance(host.float(), right.float()), distance(frames[:5].cpu().float(), moved.float())), 0.0
+    return max(worst, distance(host.float(), right.float()), distance(frames[:5].cpu().float(), moved.float())), 0.0
 
 
 CHECKS = {

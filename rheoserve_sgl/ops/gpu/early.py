@@ -1,7 +1,8 @@
 """Kernels that are launched before the one in front of them has ended, so that starting them costs no time.
 
-CUDA's programmatic dependent launch, from compute capability 9.0 on. A kernel calls `start` before it reads anything,
-and is launched with `**early(device)`.
+CUDA's programmatic dependent launch, from compute capability 9.0 on. A kernel is launched with `**early(device)` and
+calls `start` before it writes anything, and before it reads what the kernel in front writes. What older kernels wrote
+it may read at once, if the one in front calls `start` as well or is no such kernel: then those have ended.
 """
 
 from functools import cache

@@ -51,12 +51,12 @@ def _scores(
 
 
 @triton.jit
-def best(key, open_, room, FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr):
+def best(key, open_, room, first, STEP: tl.constexpr, DIGITS: tl.constexpr):
     """The `room` largest of the open ones, or all; of equal ones the first.
 
     Args:
         key: see `ordered`
-        FIRST, STEP: marks of the first round; values that lie within them are told apart in fewer rounds
+        first, STEP: marks of the first round; values that lie within them are told apart in fewer rounds
         DIGITS: marks of a round
     """
     key = tl.where(open_, key, 0)  # less than any float's
@@ -65,7 +65,7 @@ def best(key, open_, room, FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.c
     digit = tl.arange(0, DIGITS).to(tl.uint32)
     bound = tl.zeros([], tl.uint32)
     step = tl.full([], STEP, tl.uint32)
-    marks = tl.where(digit == 0, 0, FIRST + (digit - 1) * STEP).to(tl.uint32)
+    marks = tl.where(digit == 0, 0, first + (digit - 1) * STEP).to(tl.uint32)
     got = tl.full([], 0, tl.int32)
     rounds = 0
     while (step > 0) & (got != room):
@@ -77,8 +77,8 @@ def best(key, open_, room, FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.c
         got = found & 0xFFFFFF
         width = step
         if rounds == 0:
-            bound = tl.where(last == 0, 0, FIRST + (last - 1) * STEP).to(tl.uint32)
-            width = tl.where(last == 0, FIRST, tl.where(last == DIGITS - 1, 0 - bound, STEP)).to(tl.uint32)
+            bound = tl.where(last == 0, 0, first + (last - 1) * STEP).to(tl.uint32)
+            width = tl.where(last == 0, first, tl.where(last == DIGITS - 1, 0 - bound, STEP)).to(tl.uint32)
         else:
             bound += last * step
         step = tl.where(width > 1, (width - 1) // DIGITS + 1, 0).to(tl.uint32)
@@ -191,6 +191,8 @@ def plan_gpu(
     asker=None, arrived=None,
 ):  # fmt: skip
     """Select, record, fill both lists, and note whether the CPU is to be asked.
+
+    The kernel launched right before must not write to tables, frame_of or visited: they are read while it runs.
 
     Args:
         rule: Rule; its budget is in `budgets`

@@ -74,6 +74,8 @@ def _score(
 def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     """Fill the logits and tile sums of `scratch`, but for quiet requests.
 
+    The kernel launched right before must not write to tables: they are read while it runs.
+
     Args:
         q: `[batch, kv_heads, heads, dim]`, any float dtype
         quick: `[all_pages, kv_heads, dim]`, any float dtype; `2 * dim` for kind "range"

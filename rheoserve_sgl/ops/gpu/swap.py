@@ -4,6 +4,8 @@ The same swaps as `rheoserve_sgl.coordinator.swap.swap_torch`. Requests that sha
 a second kernel lets the first win.
 """
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -12,17 +14,18 @@ from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves
 from rheoserve_sgl.coordinator.exchange import HYSTERESIS, TINY
 from rheoserve_sgl.ops.gpu.plan import DIGITS, best, ordered
 
-FIRST, OCTAVE = 0xBA800000, 1 << 23  # 2**-10 as `ordered` has it, and from there octaves up: importance
+OCTAVE = 1 << 23  # of what `ordered` returns
+SMALLER = 2.0**-9  # than what may arrive: from there importance is told apart by octaves
 SLOTS = 32  # swaps of a layer, request and head, at most
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
-@triton.jit(do_not_specialize=["most", "least"])
+@triton.jit(do_not_specialize=["most", "least", "first"])
 def _pair(
     importance, frame_of, pages, n_pages, arrivals, victims, frames, counts, tails,
-    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, least, LARGEST: tl.constexpr, TINY: tl.constexpr,
-    RECENT: tl.constexpr, FORCED_ONLY: tl.constexpr, SLOTS: tl.constexpr, NP: tl.constexpr,
-    FIRST: tl.constexpr, OCTAVE: tl.constexpr, DIGITS: tl.constexpr,
+    layer_blocks, kv_heads, max_pages, sink, window, hysteresis, most, least, first,
+    LARGEST: tl.constexpr, TINY: tl.constexpr, RECENT: tl.constexpr, FORCED_ONLY: tl.constexpr, SLOTS: tl.constexpr,
+    NP: tl.constexpr, OCTAVE: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     layer, pair = tl.program_id(0), tl.program_id(1)
     row, head = pair // kv_heads, pair % kv_heads
@@ -47,7 +50,7 @@ def _pair(
             worth = tl.where(resident, worth * hysteresis + TINY, worth)
         worth = tl.where(forced, LARGEST, worth)
         open_ = forced if FORCED_ONLY else valid
-        wanted = best(ordered(worth), open_, room, FIRST, OCTAVE, DIGITS)
+        wanted = best(ordered(worth), open_, room, first, OCTAVE, DIGITS)
         arriving, leaving = wanted & (resident == 0), resident & (wanted == 0)
         if not RECENT:
             arriving = arriving & (worth >= least)
@@ -97,6 +100,11 @@ def _claim(
     tl.store(targets + at, frame, mask=other)
 
 
+def key_of(value: float) -> int:
+    """A positive number as `ordered` has it."""
+    return struct.unpack("I", struct.pack("f", value))[0] | 0x80000000
+
+
 def swap_gpu(ranking, residency, importance, tables, most: int, least: float) -> tuple[Moves, Moves]:
     """See `rheoserve_sgl.coordinator.swap.swap_blocks`."""
     layers, all_pages, kv_heads = importance.shape
@@ -111,9 +119,9 @@ def swap_gpu(ranking, residency, importance, tables, most: int, least: float) ->
     _pair[(layers, pairs)](
         importance, residency.frame_of, tables.pages, tables.n_pages, *found,
         all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,
-        float(least),
+        float(least), key_of(SMALLER * (least or 1.0)),
         LARGEST=LARGEST, TINY=TINY, RECENT=ranking.ranks_by == "recency", FORCED_ONLY=ranking.forced_only,
-        SLOTS=SLOTS, NP=width, FIRST=FIRST, OCTAVE=OCTAVE, DIGITS=DIGITS, num_warps=min(max(width // 128, 4), 16),
+        SLOTS=SLOTS, NP=width, OCTAVE=OCTAVE, DIGITS=DIGITS, num_warps=min(max(width // 128, 4), 16),
     )  # fmt: skip
     _claim[(layers, pairs)](
         residency.frame_of, residency.owners, *found, newest.block, newest.frame, newest.count,
