@@ -49,20 +49,29 @@ def test_balanced_that_covers_the_context_equals_torch_native(expected, checkpoi
         check_equal(server, expected)
 
 
-def test_retrieval_that_covers_the_context_equals_torch_native(expected, checkpoints, tmp_path):
+RETRIEVAL = ["--rheoserve-mode", "retrieval", "--rheoserve-threshold", "1e-30", "--rheoserve-window-tokens", "64"]
+RETRIEVAL += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
+WINDOW = ["--rheoserve-mode", "window", "--rheoserve-window-tokens", "64"]
+
+
+@pytest.fixture(scope="module")
+def sparse(checkpoints, tmp_path_factory):
+    """One that retrieves and one with a window, begun at once: most of a start is one thread's."""
+    model, folder = checkpoints.path(), tmp_path_factory.mktemp
+    both = [rheo_server(model, [*FEW_FRAMES, *args], folder("sparse")) for args in (RETRIEVAL, WINDOW)]
+    with together(*both) as servers:
+        yield servers
+
+
+def test_retrieval_that_covers_the_context_equals_torch_native(expected, sparse):
     """A threshold that everything passes; small chunks, and decode steps mixed into prefill batches."""
-    args = ["--rheoserve-mode", "retrieval", "--rheoserve-threshold", "1e-30", "--rheoserve-window-tokens", "64"]
-    args += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
-    with rheo_server(checkpoints.path(), [*FEW_FRAMES, *args], tmp_path) as server:
-        check_equal(server, expected)
+    check_equal(sparse[0], expected)
 
 
-def test_window_mode_differs(expected, checkpoints, tmp_path):
+def test_window_mode_differs(expected, sparse):
     """The comparison can fail: leaving blocks out changes the tokens."""
-    args = ["--rheoserve-mode", "window", "--rheoserve-window-tokens", "64"]
-    with rheo_server(checkpoints.path(), [*FEW_FRAMES, *args], tmp_path) as server:
-        answers = [server.tokens([prompt], NEW_TOKENS)[0] for prompt in random_prompts(1, LENGTHS)]
-        assert server.rheo()["host_attention_share"] < 0.5
+    answers = [sparse[1].tokens([prompt], NEW_TOKENS)[0] for prompt in random_prompts(1, LENGTHS)]
+    assert sparse[1].rheo()["host_attention_share"] < 0.5
     same = [answer == expected[0][i] for i, answer in enumerate(answers)]
     assert all(same[:5])  # sink, window and newest page are all there is
     assert not any(same[7:])
