@@ -273,7 +273,7 @@ class RheoAttnBackend(AttentionBackend):
             max_pages=pages_of(context),
             group=group,
             scale=first.scaling,
-            cpus=rank_processors(world.local_rank, world.world_size, self.threads),
+            cpus=rank_processors(world.rank_in_group, world.world_size, self.threads),
         )
 
     def _tap(self, model) -> RopeTaps | None:

@@ -30,7 +30,15 @@ _FLAGS = (
     ("pp_size", lambda v: v == 1, "1: use --tp-size"),
     ("dcp_size", lambda v: v in (None, 1), "1: use --tp-size"),
     ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
-    ("enable_dp_attention", lambda v: not v, "--tp-size or --dp-size without it"),
+    ("enable_dp_attention", lambda v: not v, "--tp-size, or a server a GPU behind SGLang's router"),
+    (
+        "dp_size",
+        lambda v: v == 1,
+        "1: each replica would count on all of the host's memory and processors. Start a "
+        "server a GPU behind SGLang's router, each with its --rheoserve-host-size and --rheoserve-host-threads",
+    ),
+    ("nnodes", lambda v: v == 1, "1: tensor parallelism over several machines is not supported"),
+    ("tokenizer_worker_num", lambda v: v == 1, "1: requests are checked in the process that takes them in"),
     ("enable_two_batch_overlap", lambda v: not v, "leave it out"),
     ("enable_torch_compile", lambda v: not v, "leave it out"),
     ("cuda_graph_backend_decode", lambda v: v in (None, "full", "disabled"), "full, or leave it out"),

@@ -257,6 +257,7 @@ def test_requests_that_are_all_resident_are_quiet_but_for_every_eighth_step():
         recorded[batch.pages[row, : batch.n_pages[row]]] = True
     assert torch.equal((importance > 0).all(1).cpu(), recorded) and torch.isfinite(importance).all()
     assert scratch.logits[0].isnan().all()
+    assert totals[where[0]].tolist() == [21, 1, 2 * 3]  # selected: what it would have been
 
 
 @pytest.mark.parametrize("values", [3, 400])

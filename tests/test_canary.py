@@ -69,7 +69,7 @@ def test_every_changed_bit_is_named(device, dtype):
 
 def test_pages_that_were_given_back_are_nobodys():
     pool, pages = written("cpu")
-    pool.coordinator.request_left()  # the radix tree keeps its pages
+    pool.coordinator.batch_changed()  # the radix tree keeps its pages
     pool.coordinator.settle()
     pool.host.layers[1][2, 0, 0, 0, 0] += 1
     assert len(findings(pool, pages)) == 1

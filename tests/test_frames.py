@@ -4,6 +4,7 @@ import pytest
 import torch
 from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
 
+from rheoserve_sgl.coordinator.working_set import UNKNOWN, WorkingSets
 from rheoserve_sgl.runtime.batch import Batch
 
 SLOTS, CONTEXT = 4, 64 * 8
@@ -45,7 +46,7 @@ def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_un
         frames = pool.frames.layers[layer][pool.residency.frame_of[layer, 1:5].long()]
         assert torch.equal(frames, pool.host.layers[layer][1:5])
     pool.coordinator.begin_decode(lambda: first)
-    pool.coordinator.request_left()  # the radix tree keeps all of it
+    pool.coordinator.batch_changed()  # the radix tree keeps all of it
     second = stored_request(pool, [7, 8, 9], 1)
     assert resident(pool, range(20)) == [1, 2, 3, 7, 8, 9]
     held += [7, 8, 9]
@@ -69,7 +70,7 @@ def test_what_was_used_last_keeps_its_frames_longest_and_the_first_of_those_that
         pool.coordinator.batch_changed()
         pool.coordinator.begin_decode(lambda chat=chat: chat)
     assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 9, 10, 11]
-    pool.coordinator.request_left()
+    pool.coordinator.batch_changed()
     stored_request(pool, [12, 13], 1)
     assert resident(pool, range(20)) == [1, 2, 3, 5, 6, 9, 12, 13]  # the end of the oldest makes room
     held += [12, 13]
@@ -136,6 +137,37 @@ def test_where_all_fit_an_exchange_that_failed_is_tried_again(monkeypatch):
         pool.coordinator.begin_decode(lambda lens=lens: Batch.build(table, slot, lens, int(lens), 1, 1), lens)
     assert failures and pool.coordinator.counts["exchanges_failed"] == 1
     assert pool.residency.used == 3 * LAYERS * HEADS
+
+
+def test_a_prompt_that_finds_no_memory_for_its_reservation_is_in_the_host_store_only(monkeypatch):
+    pool, _ = make_pool(64 * 20, 64 * 6)
+
+    def fails(*_):
+        raise MemoryError("no memory for it")
+
+    monkeypatch.setattr(pool.residency, "admit", fails)
+    stored_request(pool, [1, 2, 3, 4], 0)
+    assert pool.coordinator.counts["exchanges_failed"] == 1
+    assert pool.residency.used == 0 and int(pool.residency.free.min()) == 6 * HEADS
+    monkeypatch.undo()
+    stored_request(pool, [5, 6], 1)
+    assert pool.residency.used == 2 * LAYERS * HEADS
+
+
+def test_of_a_request_that_is_all_resident_no_working_set_is_measured():
+    """Where such requests select in some steps only: `frame_of` says of which."""
+    layers, heads, sets = 2, 2, WorkingSets(5, "cpu")
+    batch = batch_of([1, 2, 3, 4, 5, 6], 0)
+    importance = torch.zeros(layers, 20, heads)
+    importance[:, [2, 5]] = 1.0
+    counts, frame_of = torch.zeros(5, 3, dtype=torch.int64), torch.zeros(layers, 20, heads, dtype=torch.int32)
+    slot = int(batch.requests[0])
+    others = [UNKNOWN] * 4
+    for missing, found in ((None, 2.0), (False, UNKNOWN), (True, 2.0)):
+        frame_of[1, 6, 1] = -1 if missing else 0
+        sets.measure(importance, batch, 0.5, counts, None if missing is None else frame_of)
+        told = sets.read()[:5]
+        assert told.pop(slot) == found and told == others
 
 
 def test_where_all_fit_other_pages_of_a_request_get_frames():

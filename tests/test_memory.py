@@ -1,9 +1,11 @@
 """Sizes of the tiers, and refusals with the numbers."""
 
+import math
+
 import pytest
 
 from rheoserve_sgl.config import RheoConfig
-from rheoserve_sgl.runtime.memory import GB, free_host_bytes, size_tiers
+from rheoserve_sgl.runtime.memory import GB, cgroup_room, free_host_bytes, size_tiers
 
 TOKEN = 10_000  # bytes
 
@@ -62,6 +64,16 @@ def test_device_tokens_that_do_not_fit_are_refused():
 def test_no_room_at_all():
     with pytest.raises(ValueError, match="no room for KV"):
         sizes(free=100_000)
+
+
+def test_a_containers_file_cache_counts_as_free(tmp_path):
+    assert cgroup_room(tmp_path) == math.inf
+    files = {"memory.max": "1000000\n", "memory.current": "900000\n", "memory.stat": "anon 1\ninactive_file 300000\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cgroup_room(tmp_path) == 400_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cgroup_room(tmp_path) == math.inf
 
 
 def test_free_host_bytes_is_plausible():

@@ -266,7 +266,7 @@ class PoolMachine(RuleBasedStateMachine):
         pages = self.pages(slot, (length + 63) // 64)
         if keep:
             self.tree |= set(pages[: length // 64])
-        self.pool.coordinator.request_left()
+        self.pool.coordinator.batch_changed()
         dead = [page for page in pages if page not in self.tree and not self.used_by(page)]
         self.release(dead)
 

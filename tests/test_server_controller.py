@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -17,7 +18,8 @@ LENGTHS = [900, 65, 1400, 128, 700, 30, 1000, 640]
 
 @pytest.fixture(scope="module")
 def server(checkpoints, tmp_path_factory):
-    with rheo_server(checkpoints.path(), FLAGS, tmp_path_factory.mktemp("controller"), STRICT) as server:
+    flags = [*FLAGS, "--enable-priority-scheduling"]  # which changes nothing for requests without a priority
+    with rheo_server(checkpoints.path(), flags, tmp_path_factory.mktemp("controller"), STRICT) as server:
         yield server
 
 
@@ -65,6 +67,29 @@ def test_a_waiting_request_can_be_aborted(server, dense):
     assert [answers[0]["output_ids"]] == dense.tokens(prompts[:1], 150)
     assert [answers[2]["output_ids"]] == dense.tokens(prompts[2:], 40)
     server.settle()
+
+
+def test_an_urgent_request_decodes_before_older_ones(server, dense):
+    """Each of the older ones fills the frames, and they would take turns by age."""
+    server.flush()
+    *prompts, urgent = random_prompts(66, [1900, 1850, 1800, 300])
+
+    def ask(prompt, new_tokens, priority):
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        body = {"input_ids": prompt, "priority": priority, "sampling_params": sampling}
+        return server.post("/generate", body).json()["output_ids"]
+
+    with ThreadPoolExecutor(3) as clients:
+        older = [clients.submit(ask, prompt, 120, 1) for prompt in prompts]
+        deadline = time.time() + 90
+        while server.rheo()["transactions"]["waiting"] < 2:
+            assert time.time() < deadline, "two of the older ones never waited"
+            time.sleep(0.02)
+        answer = ask(urgent, 20, 7)
+        assert sum(not one.done() for one in older) >= 2
+        assert [answer] == dense.tokens([urgent], 20)
+        assert [one.result() for one in older] == dense.tokens(prompts, 120)
+    assert server.settle()["host_pages_used"] == 0
 
 
 def test_a_long_prompt_does_not_stop_those_that_decode(server):

@@ -61,7 +61,7 @@ class Kept:
 class Coordinator:
     """Owns the residency policy of one pool.
 
-    Fields written by the scheduler: _freed. By the forward path: everything else.
+    Written by the scheduler: _freed, _turns, _changed and load. By the forward path: everything else.
     """
 
     def __init__(self, pool: TwoTierKVPool):
@@ -97,10 +97,6 @@ class Coordinator:
         if self.pool.canary is not None:
             self.pool.canary.freed(pages)
 
-    def request_left(self):
-        """A request ended or was sent back. What the radix tree keeps of it stays in frames while others need none."""
-        self._changed = True
-
     def begins_to_wait(self, pages: torch.Tensor) -> Kept:
         """A prefilled request with these pages waits; give back what this returns when it decodes (again).
 
@@ -120,7 +116,8 @@ class Coordinator:
         self._turns.append((kept, False))
 
     def batch_changed(self):
-        """Other requests decode than before: frames are to be shared out anew."""
+        """Other requests decode than before, or one ended: frames are to be shared out anew. What the radix tree keeps
+        of it stays in frames while others need none."""
         self._changed = True
 
     def stores(self, tokens: int):
@@ -143,11 +140,21 @@ class Coordinator:
         self.idle.use(pages)
         self._finish_copies()
         if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
-            residency, blocks = self.pool.residency, len(fresh) * self.pool.head_num
-            self.idle.make_room(blocks, pages)
-            arriving = torch.zeros_like(residency.frame_of, dtype=torch.bool).index_fill_(1, fresh, True)
-            arriving[:, 0] = False  # padding and SGLang's dummy batches have page 0
-            residency.admit(residency.reserve(arriving & (residency.frame_of == -1), blocks))
+            self._move(self._receive, (fresh, pages))
+
+    def _receive(self, what: tuple[torch.Tensor, torch.Tensor]):
+        """Frames for fresh pages of a prefill that has those pages: what is written to them needs no copy."""
+        fresh, pages = what
+        residency, blocks = self.pool.residency, len(fresh) * self.pool.head_num
+        self.idle.make_room(blocks, pages)
+        arriving = torch.zeros_like(residency.frame_of, dtype=torch.bool).index_fill_(1, fresh, True)
+        arriving[:, 0] = False  # padding and SGLang's dummy batches have page 0
+        moves = residency.reserve(arriving & (residency.frame_of == -1), blocks)
+        try:
+            residency.admit(moves)
+        except BaseException:
+            residency.cancel(moves)
+            raise
 
     def settle(self):
         """Apply the waiting reports: a page that nobody has holds no frames."""
@@ -196,7 +203,9 @@ class Coordinator:
         make_batch = cache(make_batch)
         if self.working_sets is not None and periodic:
             recent = self.weight * DECAY**STEPS * ROUNDING
-            self.working_sets.measure(self.pool.importance, make_batch(), recent, self.attended.counts)
+            rests = self.gpu is not None and self.gpu.step.rests
+            frame_of = self.pool.residency.frame_of if rests else None
+            self.working_sets.measure(self.pool.importance, make_batch(), recent, self.attended.counts, frame_of)
         if self._due and not (self.lane and self.lane.busy):
             self._due = self._changed = False
             self._move(self._exchange, make_batch)
@@ -266,10 +275,10 @@ class Coordinator:
                 importance.index_copy_(1, now, torch.maximum(importance[:, now], was))
         self._turns.clear()
 
-    def _move(self, exchange_or_swap: Callable, argument):
-        """Exchange or swap, or go on without: all is in the host store, so what fails here costs speed only."""
+    def _move(self, move: Callable, argument):
+        """Exchange, swap or receive, or go on without: all is in the host store, so what fails costs speed only."""
         try:
-            exchange_or_swap(argument)
+            move(argument)
             self._failed = False
         except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors among them
             self._failed = True

@@ -6,6 +6,7 @@ import torch
 # missed, and fewer requests decode at once: of a recorded trace five steps select 1.8 times what one does, and frames
 # for that many miss 9% of it; eight 2.1 times, and 7% (docs/LOG.md has the reckoning).
 STEPS = 5
+UNKNOWN = -1.0
 
 
 class WorkingSets:
@@ -22,7 +23,7 @@ class WorkingSets:
         self._copied = torch.cuda.Event() if self._on_gpu else None
         self.measured = 0  # times
 
-    def measure(self, importance: torch.Tensor, batch, recent: float, counts: torch.Tensor):
+    def measure(self, importance: torch.Tensor, batch, recent: float, counts: torch.Tensor, frame_of=None):
         """Count each request's blocks of at least an importance, in stream order.
 
         Args:
@@ -30,10 +31,17 @@ class WorkingSets:
             batch: rheoserve_sgl.runtime.batch.Batch
             recent: importance of a block that was selected STEPS steps ago and not since
             counts: `[slots, 3]` int64 of coordinator/attended.py
+            frame_of: `[layers, all_pages, kv_heads]` int32, where requests whose blocks are all resident select in some
+                steps only (ops/gpu/quiet.py): nothing is known of theirs; None: nobody rests
         """
         layers, _, kv_heads = importance.shape
-        selected = (importance[:, batch.pages] >= recent) & batch.valid[None, :, :, None]
-        self._pages.index_copy_(0, batch.requests, selected.sum((0, 2, 3)).float() / (layers * kv_heads))
+        valid = batch.valid[None, :, :, None]
+        selected = (importance[:, batch.pages] >= recent) & valid
+        pages = selected.sum((0, 2, 3)).float() / (layers * kv_heads)
+        if frame_of is not None:
+            missing = ((frame_of[:, batch.pages] < 0) & valid).flatten(2).any(2).any(0)
+            pages = torch.where(missing, pages, UNKNOWN)
+        self._pages.fill_(UNKNOWN).index_copy_(0, batch.requests, pages)
         now = torch.cat((self._pages.double(), counts[:, 1:].sum(0).double()))
         self._room.copy_(now, non_blocking=self._on_gpu)
         if self._copied is not None:
@@ -41,8 +49,9 @@ class WorkingSets:
         self.measured += 1
 
     def read(self, wait: bool = False) -> list[float] | None:
-        """What was measured last: pages of each slot, for a KV head of a layer on average; then the blocks that the CPU
-        visited and those that were selected since the start. None while that is on its way.
+        """What was measured last: pages of each slot, for a KV head of a layer on average, UNKNOWN for those it was not
+        measured of; then the blocks that the CPU visited and those that were selected since the start. None while that
+        is on its way.
 
         Args:
             wait: for it, so that all ranks read the same measurement

@@ -6,7 +6,7 @@ import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.observe import question
-from rheoserve_sgl.runtime.transaction import Transaction, requests_by_state
+from rheoserve_sgl.runtime.transaction import requests_by_state
 
 logger = logging.getLogger(__name__)
 COLUMNS = 256  # of a map, at most: longer sequences have several blocks to a column
@@ -42,12 +42,13 @@ def gather(scheduler, rid: str, layer: int, head: int) -> dict:
 
 
 def describe(state: str, request) -> dict:
+    one = getattr(request, "rheoserve", None)  # looking makes no transaction
     return {
         "rid": request.rid,
         "state": state,
         "prompt_tokens": len(request.origin_input_ids),
         "output_tokens": len(request.output_ids),
-        "working_set_pages": round(Transaction.of(request).need, 1),
+        "working_set_pages": round(one.need, 1) if one else 0.0,
     }
 
 

@@ -5,11 +5,13 @@ requests can be prefilled than should decode at once, and long prompts would hol
 run between the batches of a prefill, and of the prefilled requests those decode whose working sets fit the frames.
 """
 
+import logging
 import math
 
 import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.coordinator.working_set import UNKNOWN
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
 from rheoserve_sgl.runtime.ranks import largest
@@ -17,6 +19,7 @@ from rheoserve_sgl.runtime.slots import Slots, divisible
 from rheoserve_sgl.runtime.step_clock import StepClock
 from rheoserve_sgl.runtime.transaction import Transaction
 
+logger = logging.getLogger(__name__)
 LEARNING_STEPS = 16  # of a request: until then its working set is guessed
 GUESS = 1.25  # of what it may select
 FEW = 8  # those that decode are so many times those that joined them, or the window tells nothing of misses
@@ -47,6 +50,11 @@ class Controller:
         ):
             capacity = pool.frame_count // pool.head_num
             self.admission = Admission(capacity, config.most_missed, config.join_group, config.join_patience)
+        if config.tpot_slo_ms is not None and self.admission is None:
+            logger.warning(
+                "RheoServe: --rheoserve-tpot-slo-ms limits how many decode only with admission, which is off here: it "
+                "takes --rheoserve-mode balanced, no --enable-mixed-chunk, and on a CPU --rheoserve-admission on"
+            )
         self._coordinator.idle.held = self._held_pages
         # Mixed batches decode while they prefill.
         self._between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
@@ -125,7 +133,7 @@ class Controller:
             if one.age is None:
                 one.age, self._ages = self._ages, self._ages + 1
         # What was retracted comes back as the last row.
-        order = sorted(range(len(known)), key=lambda row: known[row].age)
+        order = sorted(range(len(known)), key=lambda row: (self._urgency(requests[row]), known[row].age))
         by_age = [requests[row] for row in order]
         candidates = [
             Candidate(known[row].need, known[row].state == "decoding", requests[row].to_finish is not None)
@@ -134,6 +142,13 @@ class Controller:
         scheduler = self.scheduler
         more_coming = bool(scheduler.waiting_queue) or scheduler.chunked_req is not None
         return sorted(order[place] for place in self.admission.choose(candidates, more_coming, self._objective(by_age)))
+
+    def _urgency(self, request) -> int:
+        """Smaller goes first, as SGLang has it for prefill."""
+        args = self.scheduler.server_args
+        if not args.enable_priority_scheduling or request.priority is None:
+            return 0
+        return request.priority if args.schedule_low_priority_values_first else -request.priority
 
     def _objective(self, requests):
         """Tells, by its row, whether one more is allowed: whether a step of it and all that were allowed before is
@@ -191,8 +206,9 @@ class Controller:
         *needs, visited, selected, step, chunk = found
         for request in self._decoding:
             one = Transaction.of(request)
-            if one.steps >= LEARNING_STEPS and request.req_pool_idx is not None:
-                one.learn(needs[request.req_pool_idx])
+            slot = request.req_pool_idx
+            if one.steps >= LEARNING_STEPS and slot is not None and needs[slot] != UNKNOWN:
+                one.learn(needs[slot])
         before, self._counts = self._counts, (visited, selected)
         if selected > before[1]:
             missed = (visited - before[0]) / (selected - before[1])

@@ -12,7 +12,7 @@ def request_left(req, tree_cache, is_insert=True):
         return
     request_report.leave(req, pool.coordinator.attended)
     transaction.leave(req)
-    pool.coordinator.request_left()
+    pool.coordinator.batch_changed()
 
 
 def look_when_idle(scheduler):

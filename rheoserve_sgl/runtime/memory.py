@@ -1,6 +1,8 @@
 """How much memory there is, and how the tiers are sized by it."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -23,15 +25,19 @@ class Sizes:
 
 def free_host_bytes() -> int:
     """Memory that can be allocated: what the system has available, cut by a cgroup limit."""
-    free = psutil.virtual_memory().available
+    return max(min(psutil.virtual_memory().available, cgroup_room(Path("/sys/fs/cgroup"))), 0)
+
+
+def cgroup_room(group: Path) -> float:
+    """Bytes that a cgroup (v2) leaves, file pages that it can give back counted; infinite where there is no limit."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            text = limit.read().strip()
-            if text != "max":
-                free = min(free, int(text) - int(current.read()))
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(limit) - int((group / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
-        pass  # no cgroup v2 limit
-    return max(free, 0)
+        return math.inf
 
 
 def size_tiers(

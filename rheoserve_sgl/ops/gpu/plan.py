@@ -137,6 +137,7 @@ def _plan(
         chosen, n_chosen = forced, n_forced
     elif SELECT == 2:
         budget = tl.load(budgets + row)
+        n_chosen = tl.minimum(count, budget)  # of a quiet request it would be so many
         if selects & (budget < count):
             chosen, n_chosen = forced, n_forced
             if budget > n_forced:

@@ -50,7 +50,7 @@ class GpuStep:
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
-        self._rests = self.selects and not any(rule.selected_only for rule in rules)
+        self.rests = self.selects and not any(rule.selected_only for rule in rules)
         if self.selects and not self.kind:
             raise ValueError(f"{type(pool.gate).__name__} has no kernels on a GPU")
         heads = 1 if self.kind == "seer" else group
@@ -68,7 +68,7 @@ class GpuStep:
             weight: of this step's scores in the importance of blocks
         """
         snapshot(req_to_token, slots, lens, rows, self.tables.rows(batch))
-        if self._rests:
+        if self.rests:
             mark_quiet(self.pool.residency.frame_of, self.tables.rows(batch))
         self.budgets[:rows] = limits[slots[:rows]]
         self.weight.fill_(weight)
