@@ -321,7 +321,7 @@ def test_selection_with_nan_and_a_budget_beyond_the_pages():
 @pytest.mark.parametrize("k_pooling", ["Kmaxminavg", "Kminavg", "Kmaxavg", "Kavg"])
 def test_the_gates_kernels_equal_torch(q_pooling, k_pooling, dtype):
     if DEVICE == "cpu" and dtype != torch.float32 and (q_pooling, k_pooling) != ("Qproj", "Kmaxminavg"):
-        pytest.skip("takes a second, interpreted")
+        pytest.skip("rounding to bf16 is the same for every pooling: interpreted for one of them, on a GPU for all")
     norm = "max" in k_pooling
     torch.manual_seed(5)
     weights = make_weights(q_pooling, k_pooling, norm, rotates=norm, positions=2048)

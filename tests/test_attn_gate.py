@@ -128,7 +128,7 @@ def test_keys_cpu_equal_torch(k_pooling, threads):
     assert torch.equal(mine[0][:4], theirs[0][:4])  # the last slot is nobody's
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=8), st.sampled_from([gate_keys_cpu, gate_keys_torch]))
 def test_keys_do_not_depend_on_how_the_tokens_came(chunks, build):
     """At once, in chunks of any length, token by token: the same bits (of C++; torch may differ by its shapes)."""
