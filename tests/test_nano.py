@@ -90,7 +90,8 @@ def test_samples_have_their_length_and_hold_what_they_ask(made, words, length):
 def run(made, out, **options):
     options = {"tokens": 1024, "context": 256, "workers": 1, "device": "cpu", "lr": 0.01} | options
     command = ["--corpus", str(made), "--tokenizer", str(made), "--out", str(out)]
-    train.main(command + [word for name, value in (SMALL | options).items() for word in (f"--{name}", str(value))])
+    words = [(f"--{name}", str(value)) for name, value in (SMALL | options).items()]
+    train.main(command + [word for pair in words for word in pair if word])
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -158,6 +159,17 @@ def test_gates_may_learn_alone_at_the_end(made, tmp_path):
     none, alone, beside = (ours_weights(tmp_path / name) for name in ("none", "alone", "beside"))
     assert all(torch.equal(none[key], alone[key]) for key in none)
     assert not all(torch.equal(none[key], beside[key]) for key in none)
+
+
+def test_a_model_learns_to_do_with_what_its_gate_picks(made, tmp_path):
+    """The loss falls, and the weights are others than without."""
+    options = {"gates": 0.5, "context": 1024, "tokens": 2048, "steps": 40}
+    run(made, tmp_path / "dense", **options)
+    lines = run(made, tmp_path / "selected", **options, selected="")
+    losses = [line["loss"]["1024"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    dense, chosen = (ours_weights(tmp_path / name) for name in ("dense", "selected"))
+    assert not all(torch.equal(dense[key], chosen[key]) for key in dense)
 
 
 def ours_weights(path):

@@ -112,12 +112,14 @@ class Nano(nn.Module):
             layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)
         self.loss = torch.compile(self.loss)
 
-    def forward(self, tokens: torch.Tensor, watch=None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, watch=None, change=None) -> torch.Tensor:
         """Hidden states `[batch * length, hidden]` of tokens `[batch, length]`.
 
         Args:
             watch: called for each layer with its number, (q, k) before and after RoPE, `[batch, length, heads,
                 head_dim]`, and the rotations `[length, head_dim]`
+            change: called likewise, with the values before the rotations and with attention's result `[batch, heads,
+                length, head_dim]` last; gives what takes its place
         """
         batch, length = tokens.shape
         angles = self.rotations(length, tokens.device)
@@ -128,8 +130,10 @@ class Nano(nn.Module):
             q, k, v, plain_q, plain_k = map(rows, layer.before(x, rope))
             if watch is not None:
                 watch(index, (plain_q, plain_k), (q, k), angles)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            heads_first = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+            if change is not None:
+                out = change(index, (plain_q, plain_k), (q, k), v, angles, out)
             x = layer.after(x, out.transpose(1, 2).reshape(batch * length, -1))
         return self.norm(x)
 

@@ -1,7 +1,7 @@
 """Training sequences: text with facts in it, and the facts asked again, in code and in chats of several turns.
 
 Every sequence has many questions at every distance, so that each step of training sees many recalls. What has to be
-recalled, and that it ends there, weighs more than other tokens, and what can be copied from the reasoning little more;
+recalled, and that it ends there, weighs more than other tokens, and what can be copied from the reasoning less so;
 an earlier answer shown without its reasoning weighs nothing.
 """
 
@@ -13,7 +13,8 @@ from benchmarks.nano.facts import Asked, Fact, ask, make_facts, recall_line, spl
 from benchmarks.nano.haystack import Haystack
 
 RECALL = 8.0  # weight of a value's tokens where it is recalled, and of what ends it
-STEP = 2.0  # of the lines around it, and of the answer after them
+STEP = 2.0  # of the lines around it
+ANSWER = 4.0  # of the answer after them, which is copied from nearby: a digit doubled there is a wrong answer
 TURN_TOKENS = 130  # what a question and its answer take, roughly
 
 
@@ -57,8 +58,8 @@ class Builder:
                 self.text(value, RECALL)
                 self.text(after + "\n", RECALL)
             self.text("</think>\n")
-        self.text(asked.answer, STEP if shown else 0.0)
-        self.text("<|im_end|>\n", 1.0 if shown else 0.0)
+        self.text(asked.answer, ANSWER if shown else 0.0)
+        self.text("<|im_end|>\n", STEP if shown else 0.0)
 
     def finish(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Exactly `length` tokens and weights."""

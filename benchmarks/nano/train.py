@@ -2,7 +2,8 @@
 
 A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. With `--start` it
 trains an exported model further; give it another `--seed`. With `--gates` a gate a layer is trained beside the model,
-and their divergence is a part of its loss (benchmarks/nano/gates.py). A state is saved
+and their divergence is a part of its loss (benchmarks/nano/gates.py); with `--selected` it also learns to do with what
+they pick (benchmarks/nano/selected.py). A state is saved
 every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped. DIR holds the
 results: weights.pt (bf16, transformers' names), gate/ (SeerAttention-R's format), log.jsonl (one line a report) and
 state.pt.
@@ -25,7 +26,8 @@ from tokenizers import Tokenizer
 from benchmarks.nano.gates import ROWS, Gates, draw_positions
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
-from benchmarks.nano.samples import RECALL, make_sample
+from benchmarks.nano.samples import RECALL, STEP, make_sample
+from benchmarks.nano.selected import Selected, draw_blocks
 
 # Until this share of the time, these contexts in turn: from random weights, and from trained ones.
 PHASES = ((0.22, (1024,)), (0.45, (4096,)), (0.70, (16384,)), (1.0, (32768, 4096)))
@@ -202,8 +204,10 @@ def train(run: Run, pool: ProcessPoolExecutor):
             group["lr"] = args.lr * rate_at(run.step, run.share) * group.get("rate", 1.0)
         weight = args.gates if run.share < args.gates_until else args.gates_later
         divergence = Divergence(run.gates, weights, alone=weight == 0) if run.gates else None
+        # Weights are of next tokens: the queries are those that recall, not what they recall.
+        selected = Selected(run.gates, weights >= STEP, draw_blocks(length)) if args.selected else None
         with autocast:
-            loss = model.loss(model(ids[:, :-1], divergence), ids[:, 1:].flatten(), weights.flatten())
+            loss = model.loss(model(ids[:, :-1], divergence, selected), ids[:, 1:].flatten(), weights.flatten())
         whole = loss
         if divergence:
             whole = loss + (weight or 1.0) * divergence.mean()
@@ -267,6 +271,11 @@ def main(argv=None):
         help="share of the run after which --gates-later is the weight: the model learns to copy exactly again",
     )
     parser.add_argument("--gates-later", type=float, default=0.0, help="0: only the gates learn from it")
+    parser.add_argument(
+        "--selected",
+        action="store_true",
+        help="what recalls attends to what its gate picks (benchmarks/nano/selected.py)",
+    )
     parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1))
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -276,6 +285,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.gates_later and not args.gates:
         parser.error(f"--gates-later is {args.gates_later}, and --gates 0: there are no gates")
+    if args.selected and not args.gates:
+        parser.error("--selected: there are no gates, --gates is 0")
     tokenizer = args.tokenizer / "tokenizer.json"
     args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     haystack = prepare(args)
