@@ -13,7 +13,7 @@ from pathlib import Path
 
 FIRST, ALWAYS = "_snapshot", "_attend_split"
 PARTS = {
-    "score and plan": r"^_(score|queries|keys|plan|begin|disturb)$",
+    "score and plan": r"^_(score|queries|keys|plan|begin|disturb|first)$",
     "synthetic gate": r"^_(draw|replay)$",  # the benchmark's own
     "resident": r"^_attend_split$",
     "merge and wait": r"^_merge$",

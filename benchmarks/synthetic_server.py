@@ -16,15 +16,16 @@ from rheoserve_sgl.ops.gpu.step import GpuStep
 
 
 def replace_scores(source: Drawn | Traced):
-    """Let `GpuStep` score with synthetic logits."""
-    real = GpuStep._score
+    """Let `GpuStep` score with synthetic logits in its steps; the first importance after a prompt stays the gate's."""
+    real = GpuStep.score
 
     def score(self, index, heads, tables, *rest):
         scratch = real(self, index, heads, tables, *rest)
-        source.fill(index, tables, scratch, heads.shape[1])
+        if tables.pages.data_ptr() == self.tables.pages.data_ptr():
+            source.fill(index, tables, scratch, heads.shape[1])
         return scratch
 
-    GpuStep._score = score
+    GpuStep.score = score
 
 
 # At import: SGLang's processes are spawned, and import this file.

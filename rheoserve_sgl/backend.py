@@ -70,6 +70,7 @@ class RheoAttnBackend(AttentionBackend):
         group = first.tp_q_head_num // self.token_to_kv_pool.head_num
         self.coordinator.latency = calibrate(self.token_to_kv_pool, model_runner.model, group)
         self.gpu = self._on_gpu(model_runner, group) if device.type == "cuda" else None
+        self.first = self._first_scores()
         logger.info("RheoServe: CPU attention by %s on %d threads", cpu_variant(), self.threads)
 
     def init_forward_metadata(self, forward_batch):
@@ -88,6 +89,9 @@ class RheoAttnBackend(AttentionBackend):
         else:
             prefixes, lengths = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
             self._begin_extend(prefixes, lengths)
+            if self.first is not None:
+                slots, lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+                self.first.begin(self.req_to_token_pool.req_to_token, slots, lens, forward_batch.batch_size)
             if self.staging is not None:
                 lists = zip(self.batch.pages, prefixes, lengths, strict=True)
                 self.staging.begin([(pages[: pages_of(before)], before) for pages, before, new in lists if new])
@@ -236,10 +240,13 @@ class RheoAttnBackend(AttentionBackend):
         tapped = self.taps and self.taps.of_layer(layer.layer_id)
         pool.gate.refresh(pool, index, self.writes, k, tapped)
         if self.config.mode == "balanced":
-            heads = q[self.last].float().reshape(len(self.last), pool.head_num, -1, layer.head_dim)
-            scores = pool.gate.score(pool, index, heads, layer.scaling, batch, tapped and tapped.take(self.last))
             # Of earlier chunks nothing stays: the last one's query counts.
             pool.importance[index].index_fill_(0, self.prefilled, 0.0)
+            heads = q[self.last].view(len(self.last), pool.head_num, -1, layer.head_dim)
+            tapped = tapped and tapped.take(self.last)
+            if self.first is not None:
+                return self.first.layer(index, heads, layer.scaling, self.coordinator.weight, tapped)
+            scores = pool.gate.score(pool, index, heads.float(), layer.scaling, batch, tapped)
             self.coordinator.record(index, batch, scores)
 
     def _lanes(self):
@@ -275,6 +282,14 @@ class RheoAttnBackend(AttentionBackend):
             scale=first.scaling,
             cpus=rank_processors(world.rank_in_group, world.world_size, self.threads),
         )
+
+    def _first_scores(self):
+        """The kernels that give a prompt's blocks their first importance, where there are some and it is asked for."""
+        if self.gpu is None or not self.selects or self.config.mode != "balanced":
+            return None
+        from rheoserve_sgl.ops.gpu.first import FirstScores
+
+        return FirstScores(self.gpu.step)
 
     def _tap(self, model) -> RopeTaps | None:
         """See queries and keys before RoPE, if the gate works on those."""

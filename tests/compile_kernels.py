@@ -19,6 +19,7 @@ from rheoserve_sgl.ops.gpu import (
     append,
     append_pages,
     attend,
+    first,
     fold,
     gate,
     gather,
@@ -88,6 +89,7 @@ def launch_all(dtype: torch.dtype, dim: int):
         score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), step, scratch, 0.1, "dot")
     short = q.to(torch.bfloat16)  # tensor cores
     score.score_tiles(short, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim, dtype=short.dtype), step, scratch, 0.1, "range")
+    first.add_scores(scratch, step, importance, 2.0)
     exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
     visit = Visit(*(torch.zeros_like(tensor) for tensor in vars(exchange.visit).values()))
     budgets, totals = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(SLOTS, 3, dtype=torch.int64)

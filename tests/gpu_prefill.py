@@ -1,17 +1,28 @@
 """A prefill's Triton kernels against torch: test_triton.py runs this file, interpreted or compiled for a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu_kernels import DEVICE, make_batch
-from gpu_step import moved
+from gpu_step import GROUP, MAX_PAGES, SCALE, make, moved, table_of
+from pools import DIM, HEADS, LAYERS
 
 from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.gate.base import Tapped
+from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.append import append_torch
 from rheoserve_sgl.ops.attn_gate import fold_torch
+from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append_pages import append_pages_gpu
+from rheoserve_sgl.ops.gpu.first import FirstScores
 from rheoserve_sgl.ops.gpu.fold import fold_gpu, pool_gpu
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
+from rheoserve_sgl.ops.gpu.step import GpuStep
+from rheoserve_sgl.ops.plan import Rule, Select
 from rheoserve_sgl.ops.pool_keys import pool_keys_torch
+from rheoserve_sgl.ops.score import record
+from rheoserve_sgl.runtime.batch import Batch
 from rheoserve_sgl.runtime.writes import Writes
 
 
@@ -80,6 +91,38 @@ def test_pooling_the_keys_of_a_prefill_equals_torch(selector, dtype):
     pool_gpu(gate.kind, k[:, 2:4].to(DEVICE), moved(writes, DEVICE), mine)
     exact = {"rtol": 0, "atol": 0} if selector == "quest" else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(mine.cpu(), expected, equal_nan=True, **exact)
+
+
+@pytest.mark.parametrize("selector", ["quest", "mean", "seer"])
+def test_the_first_importance_is_the_last_querys_scores(selector):
+    """Added to what the blocks have, for requests of all lengths, as score and record do it."""
+    torch.manual_seed(3)
+    pool, lens = make(DEVICE, selector), torch.tensor([62, 700, 128, 1000])
+    pages = torch.randperm(80)[: 4 * MAX_PAGES].view(4, -1) + 1
+    table, slots = table_of(pages), torch.tensor([2, 0, 1, 3])
+    batch = Batch.build(table, slots, lens, 1000, 1, 1)
+    layer, weight, rows = 1, 3.0, len(lens)
+    pool.quick.layers[layer].copy_(torch.randn(pool.quick.layers[layer].shape))
+    heads, plain = torch.randn(2, rows, HEADS, GROUP, DIM)
+    tapped = Tapped(plain.flatten(1), plain.flatten(1), lens - 1)
+    had = torch.rand(pool.importance[layer].shape)
+    gate = pool.gate if selector != "seer" else SeerGate([moved(one, "cpu") for one in pool.gate.layers])
+    quick = pool.quick.layers[layer].cpu()
+    here = SimpleNamespace(quick=SimpleNamespace(layers=[quick] * 2), threads=1)
+    expected = had.clone()
+    record(gate.score(here, layer, heads, SCALE, batch, tapped), None, expected, batch.pages, batch.n_pages, weight)
+
+    rule = Rule(Select.BUDGET, 1, 1, budget_pages=5)
+    exchange = Exchange.make(6, HEADS, GROUP, DIM, MAX_PAGES, pin=DEVICE == "cuda")
+    first = FirstScores(GpuStep(pool, [rule] * LAYERS, exchange, None))
+    pool.importance[layer].copy_(had)
+    first.begin(table.to(DEVICE), slots.to(DEVICE), lens.to(DEVICE), rows)
+    first.layer(layer, heads.to(DEVICE), SCALE, weight, moved(tapped, DEVICE))
+    used = torch.zeros(len(had), dtype=torch.bool)
+    for row in range(rows):
+        used[batch.pages[row, : batch.n_pages[row]]] = True
+    torch.testing.assert_close(pool.importance[layer].cpu()[used], expected[used], rtol=1e-4, atol=1e-5)
+    assert torch.equal(pool.importance[layer].cpu()[~used], had[~used])
 
 
 @pytest.mark.parametrize("dim", [64, 80])

@@ -22,7 +22,7 @@ def test_triton_kernels(interpreted, file):
 
 KERNELS = {
     *("_append", "_snapshot", "_disturb", "_score", "_plan", "_attend_split", "_merge"),
-    *("_queries", "_keys", "_gather", "_pair", "_claim", "_fold", "_pool", "_append_pages"),
+    *("_queries", "_keys", "_gather", "_pair", "_claim", "_fold", "_pool", "_append_pages", "_first"),
 }
 
 

@@ -29,7 +29,7 @@ def ordered(x):
 
 
 @triton.jit
-def _scores(
+def scores(
     logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles,
     TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def _plan(
     score = tl.zeros([NP], tl.float32)
     if RECORD:
         if selects:
-            score = _scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
+            score = scores(logits, tile_max, tile_sum, pair, heads, count, at, max_pages, tiles, TILES, PAGES, HEADS)
     chosen, n_chosen = valid, count
     if SELECT == 1:
         chosen, n_chosen = forced, n_forced

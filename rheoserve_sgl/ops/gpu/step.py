@@ -93,7 +93,10 @@ class GpuStep:
             pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
             quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
         )  # fmt: skip
-        scratch = self._score(index, heads, tables, quick, scale, tapped) if self.selects else None
+        if self.selects and self.kind == "seer":
+            gate, keys = pool.gate, tapped.k.view(batch, kv_heads, dim)
+            gate_keys_gpu(gate.layers[index], keys, tables, gate.running[index], quick, gate.rotate_last)
+        scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
         exchange = self.exchange
         plan_gpu(
             rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, exchange, visit,
@@ -107,17 +110,18 @@ class GpuStep:
         merge_parts(visit, split, out, self.lse, (self.visited, exchange.out, exchange.lse), self.asker)
         return out.view(batch, -1)
 
-    def _score(self, index: int, heads, tables: Tables, quick, scale: float, tapped) -> Scratch:
+    def score(self, index: int, heads, tables: Tables, scale: float, tapped=None) -> Scratch:
+        """Score the blocks in `tables` for one query of each request.
+
+        Args:
+            heads: `[batch, kv_heads, group, head_dim]`, queries; tapped: Tapped, the same before RoPE
+        """
+        quick = self.pool.quick.layers[index]
         if self.kind != "seer":
             score_tiles(heads, quick, tables, self.scratch, scale, "range" if self.kind == "max_min" else "dot")
             return self.scratch
-        gate = self.pool.gate
-        weights: GateWeights = gate.layers[index]
-        batch, kv_heads, _, dim = heads.shape
-        gate_keys_gpu(
-            weights, tapped.k.view(batch, kv_heads, dim), tables, gate.running[index], quick, gate.rotate_last
-        )
-        query = self.gate_q[:batch]
+        weights: GateWeights = self.pool.gate.layers[index]
+        query = self.gate_q[: len(heads)]
         gate_queries_gpu(weights, tapped.q.view(heads.shape), tapped.positions, query[:, :, 0])
         score_tiles(query, quick, tables, self.scratch, weights.gate_dim**-0.5, "dot")
         return self.scratch
