@@ -19,6 +19,7 @@ namespace rheo {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr float kHighest = std::numeric_limits<float>::max();
 
 // What will be read next, in one or two pieces; each `step` asks for one cache line, into L2: L1 has no room for it
 // beside what is being read, where two threads share a core.
@@ -39,7 +40,12 @@ struct Ahead {
   }
 
   void steps(int n) {
-    for (int i = 0; i < n; ++i) step();
+    if (end - at < 64 * n) {
+      for (int i = 0; i < n; ++i) step();
+      return;
+    }
+    for (int i = 0; i < n; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += 64 * n;
   }
 };
 
@@ -88,17 +94,23 @@ inline void soften(float* logits, int width, const Run& run, int tokens, const S
       for (int c = 0; c < 4; ++c) top[c] = V::max(V::load(logits + c * quarter + i), top[c]);
     V::store(lanes + r, V::max(V::max(top[0], top[1]), V::max(top[2], top[3])));
   }
-  float shift[kMaxGroup] = {};
+  alignas(64) float best[kMaxGroup] = {}, old[kMaxGroup] = {}, shift[kMaxGroup] = {};
   for (int h = 0; h < run.group; ++h) {
-    float best = lanes[h];
-    for (int i = h + width; i < step; i += width) best = lanes[i] > best ? lanes[i] : best;
-    const float top = best * run.scale > state.max[h] ? best * run.scale : state.max[h];
-    rescale[h] = state.max[h] == top ? 1.0f : expf(state.max[h] - top);
-    // Nothing but -inf so far (possible only with infinite keys): stay at exp(-inf) = 0.
-    shift[h] = top == kLowest ? 0.0f : top;
-    state.max[h] = top;
+    best[h] = lanes[h];
+    for (int i = h + width; i < step; i += width) best[h] = lanes[i] > best[h] ? lanes[i] : best[h];
+    old[h] = state.max[h];
   }
-  for (int i = 0; i < step; ++i) lanes[i] = -shift[i % width];
+  for (int h = 0; h < run.group; h += V::kWidth) {
+    const R before = V::load(old + h);
+    const R top = V::max(V::mul(V::load(best + h), V::set1(run.scale)), before);
+    // Nothing but -inf so far (possible only with infinite keys): a finite shift, so that exp(-inf) = 0 remains.
+    const R minus = V::mul(V::max(top, V::set1(-kHighest)), V::set1(-1.0f));
+    V::store(best + h, top);
+    V::store(shift + h, minus);
+    V::store(rescale + h, exp_negative<V>(V::add(before, minus)));
+  }
+  for (int h = 0; h < run.group; ++h) state.max[h] = best[h];
+  for (int i = 0; i < step; ++i) lanes[i] = shift[i % width];
   const R scale = V::set1(run.scale);
   for (int r = 0; r < step; r += V::kWidth) {
     const R minus = V::load(lanes + r);
@@ -136,7 +148,7 @@ void attend_run(const Run& run) {
   const int64_t early = half_bytes / 256 * Math::kEarly;
   const auto block = [&](int b) { return blocks + run.ids[b] * 2 * half; };
   alignas(64) float weights[kBlockTokens * kMaxGroup];
-  float rescale[kMaxGroup];
+  alignas(64) float rescale[kMaxGroup];
   Math math(run);
   State state{};
   for (int b = 0; b < run.count; ++b) {
