@@ -2,8 +2,10 @@
 
 Decode attention over random 64-token blocks of a bf16 store that is several times the last-level cache, each
 KV head with a list of its own. "GB/s" counts every listed block once, however many query heads read it. The limit
-is a plain streaming read of the same store by the same threads, measured around each case in the same run; a second
-limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic allows.
+is a plain streaming read of the same store by the same threads, measured around each case in the same run, of 512 MiB
+a call ("stream") and of as many bytes a call as the case reads (of short calls waking the threads is a good part);
+another limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic
+allows.
 "asked" is the default variant asked through memory, as by a GPU: threads that poll, pinned, timed from the thread that
 sees the request to the one that answers, so without the call and the waking that "kernels" have, and without PCIe.
 Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
@@ -77,11 +79,13 @@ def seconds(calls) -> float:
     return statistics.median(times[1:])
 
 
-def stream_rate(store: torch.Tensor, threads: int) -> float:
+def stream_rate(store: torch.Tensor, threads: int, part: int = 512 << 20, calls: int = 6) -> float:
+    """Of reading `part` bytes a call, each from another place."""
     size = store.nbytes >> 20 << 20
-    part = min(size, 512 << 20)
+    part = min(size, part)
     pool = worker_pool(threads)
-    offsets = [i * part % (size - part + 1) >> 20 << 20 for i in range(6)]
+    apart = max(part, size // calls)
+    offsets = [i * apart % (size - part + 1) >> 20 << 20 for i in range(calls)]
     return part / seconds([lambda o=o: pool.stream_read(store.data_ptr() + o, part) for o in offsets])
 
 
@@ -178,6 +182,8 @@ def main():
                 batches = args.batches if threads > 1 else args.batches[:1]
                 for batch in batches:
                     before = stream_rate(store, threads)
+                    visits = make_visits(store, batch, args.blocks)
+                    alike = stream_rate(store, threads, listed_bytes(store, visits[0]), len(visits))
                     rates, cached = {}, {}
                     for variant in args.variants:  # lists of its own: none reads what another left in a cache
                         visits = make_visits(store, batch, args.blocks)
@@ -194,6 +200,7 @@ def main():
                             "group": group,
                             "batch": batch,
                             "stream": limit,
+                            "stream_alike": alike,
                             "kernels": rates,
                             "cached": cached,
                             "asked": {cpu_variant(): asked},
@@ -205,7 +212,7 @@ def main():
                     beside = "  ".join(f"{name} {rate / 1e9:.1f}" for name, rate in peers.items())
                     print(
                         f"d {dim:3d} threads {threads:2d} group {group:2d} batch {batch:2d}: "
-                        f"stream {limit / 1e9:5.1f} GB/s  {shares}  {beside}",
+                        f"stream {limit / 1e9:5.1f} GB/s  of as much a call {alike / 1e9:5.1f}  {shares}  {beside}",
                         flush=True,
                     )
         del store
