@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def test_counters_grow_with_the_work_and_agree_with_server_info(full):
     assert after[PREFIX + "frames"] == told["frames_used"] + told["frames_free"]
     assert after[PREFIX + "host_pages"] == told["host_pages_used"] + told["host_pages_free"]
     assert 0 < after[PREFIX + "frames_used"] <= after[PREFIX + "frames"]
+    running, used, pages = (after[f"{PREFIX}host_pages{part}"] for part in ("_running", "_used", ""))
+    assert 0 <= running <= used <= pages and used > 1500 // 64, (running, used, pages)
+
+
+def test_pages_of_running_requests_are_told_while_they_run(full):
+    seen = []
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(full.generate, random_prompts(6, [1500]), 300)
+        while not answer.done():
+            seen.append(full.metrics()[PREFIX + "host_pages_running"])
+        answer.result()
+    assert any(1500 // 64 <= pages <= 1 + 1800 // 64 for pages in seen), seen
 
 
 def test_every_metric_is_there_with_sglangs_labels(full):

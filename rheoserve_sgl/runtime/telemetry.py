@@ -5,6 +5,7 @@ A scheduler process has one pool; its backend calls `observe`, and until then th
 
 from functools import cache
 
+from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.coordinator.figures import Figures
 from rheoserve_sgl.runtime.batch import pages_of
 from rheoserve_sgl.runtime.controller import Controller
@@ -38,7 +39,8 @@ GAUGES = {
     "working_set_pages": "Pages of frames that each KV head needs for what the decoding requests select.",
     "predicted_step_seconds": "Seconds of a decode step, as predicted before its window.",
     "measured_step_seconds": "Seconds of a decode step in that window.",
-    "host_pages_used": "Pages of running requests; what only the radix tree holds can be evicted and is not counted.",
+    "host_pages_used": "Those that hold something, of a request or of the radix tree.",
+    "host_pages_running": "Those of running requests; the rest of what is used can be evicted.",
 }
 
 
@@ -59,17 +61,20 @@ class Telemetry:
         share = attended["host_blocks"] / max(sum(attended.values()), 1)
         return [f"frame usage: {now['frames_used'] / max(now['frames'], 1):.2f}", f"host share: {share:.3f}"]
 
-    def export(self, labels: dict[str, str], used_tokens: int, states: dict[str, int]):
+    def export(self, labels: dict[str, str], running_tokens: int, free_tokens: int, states: dict[str, int]):
         """Bring the metrics up to date.
 
         Args:
             labels: SGLang's, of this scheduler
-            used_tokens: of running requests
+            running_tokens: of the host store, that running requests hold
+            free_tokens: of the host store, that nobody holds
             states: requests in each
         """
         if not self._metrics:
             self._metrics = make_metrics(list(labels))
-        now = self._figures.read() | {"host_pages_used": pages_of(used_tokens)}
+        now = self._figures.read()
+        now["host_pages_used"] = now["host_pages"] - free_tokens // PAGE_TOKENS
+        now["host_pages_running"] = pages_of(running_tokens)
         now |= {f"transactions_{state}": count for state, count in states.items()}
         for name in COUNTERS.keys() & now.keys():
             self._metrics[name].labels(**labels).inc(max(now[name] - self._exported.get(name, 0), 0))
@@ -117,8 +122,9 @@ def add_log_parts(parts, pool_stats):
 
 def export_metrics(result, collector, stats):
     """AFTER `SchedulerMetricsCollector.log_stats`: ours beside SGLang's, with the same labels."""
-    if _telemetry is not None:
-        controller = Controller.current
-        found = requests_by_state(controller.scheduler) if controller else []
-        _telemetry.export(collector.labels, stats.num_used_tokens, count_by_state(found))
+    controller = Controller.current
+    if _telemetry is not None and controller is not None:
+        free = controller.scheduler.token_to_kv_pool_allocator.available_size()
+        states = count_by_state(requests_by_state(controller.scheduler))
+        _telemetry.export(collector.labels, stats.num_used_tokens, free, states)
     return result
