@@ -1,7 +1,8 @@
 """Where the GPU's time of a decode step goes, from a trace of SGLang's profiler (`/start_profile`).
 
-`python benchmarks/step_split.py TRACE.json.gz` prints milliseconds a step. Steps are counted by RheoServe's page table
-kernel, which starts each; the kernels of the forward pass's stream are sorted by name, what runs beside it is apart.
+`python benchmarks/step_split.py TRACE.json.gz` prints milliseconds a step. A step begins with RheoServe's page table
+kernel, and attends with another one; the kernels of the forward pass's stream are sorted by name, what runs beside it
+is apart.
 """
 
 import argparse
@@ -9,11 +10,12 @@ import gzip
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 FIRST, ALWAYS = "_snapshot", "_attend_split"
 PARTS = {
-    "score and plan": r"^_(score|queries|keys|plan|begin|disturb|first)$",
+    "score and plan": r"^_(score|queries|keys|plan|begin|disturb)$",
     "synthetic gate": r"^_(draw|replay)$",  # the benchmark's own
     "resident": r"^_attend_split$",
     "merge and wait": r"^_merge$",
@@ -35,31 +37,43 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "other")
 
 
+def steps_of(kernels: list[dict]) -> list[tuple[float, float]]:
+    """(start, end) in microseconds of each step that has an end in the trace: the next step's start, or a prefill's,
+    which also begins with a page table."""
+    starts = [kernel["at"] for kernel in kernels if kernel["name"] == FIRST]
+    decodes = [kernel["at"] for kernel in kernels if kernel["name"] == ALWAYS]
+    return [(a, b) for a, b in pairwise(starts) if any(a <= at < b for at in decodes)]
+
+
 def split_step(kernels: list[dict]) -> dict:
     """Milliseconds of a step by part, and what no kernel of the forward pass's stream covers.
 
     Raises:
-        ValueError: fewer than two steps of RheoServe in it
+        ValueError: no step of RheoServe's is in it from its start to the next
     """
-    starts = [kernel["at"] for kernel in kernels if kernel["name"] == FIRST]
-    if len(starts) < 2:
-        raise ValueError(f"the trace has {len(starts)} kernels named {FIRST}; needed: 2 or more, one of each step")
+    steps = steps_of(kernels)
+    if not steps:
+        raise ValueError(f"the trace has no step from one kernel {FIRST} to the next with {ALWAYS} between")
     own = next(kernel["stream"] for kernel in kernels if kernel["name"] == ALWAYS)
-    steps, inside = len(starts) - 1, [kernel for kernel in kernels if starts[0] <= kernel["at"] < starts[-1]]
-    here = [kernel for kernel in inside if kernel["stream"] == own]
     took, launches = Counter(), Counter()
-    latest = starts[0]
-    for kernel in here:
-        # One that starts before the one in front has ended waits for it: that time is the other's.
-        end = min(kernel["at"] + kernel["took"], starts[-1])
-        took[part_of(kernel["name"])] += max(end - max(kernel["at"], latest), 0)
-        latest = max(latest, end)
-        launches[part_of(kernel["name"])] += 1
-    whole, beside = starts[-1] - starts[0], sum(k["took"] for k in inside if k["stream"] != own)
-    split = {part: round(micro / steps / 1000, 3) for part, micro in sorted(took.items())}
-    split |= {"between kernels": round((whole - sum(took.values())) / steps / 1000, 3)}
-    split |= {"step": round(whole / steps / 1000, 3), "beside": round(beside / steps / 1000, 3)}
-    return split | {"steps": steps, "kernels": {part: round(count / steps, 1) for part, count in launches.items()}}
+    whole = beside = 0.0
+    for start, stop in steps:
+        whole += stop - start
+        latest = start
+        for kernel in (kernel for kernel in kernels if start <= kernel["at"] < stop):
+            if kernel["stream"] != own:
+                beside += kernel["took"]
+                continue
+            # One that starts before the one in front has ended waits for it: that time is the other's.
+            end = min(kernel["at"] + kernel["took"], stop)
+            took[part_of(kernel["name"])] += max(end - max(kernel["at"], latest), 0)
+            latest = max(latest, end)
+            launches[part_of(kernel["name"])] += 1
+    count = len(steps)
+    split = {part: round(micro / count / 1000, 3) for part, micro in sorted(took.items())}
+    split |= {"between kernels": round((whole - sum(took.values())) / count / 1000, 3)}
+    split |= {"step": round(whole / count / 1000, 3), "beside": round(beside / count / 1000, 3)}
+    return split | {"steps": count, "kernels": {part: round(n / count, 1) for part, n in launches.items()}}
 
 
 def longest(kernels: list[dict], count: int = 20) -> list[tuple[str, int, float]]:

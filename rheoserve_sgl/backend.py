@@ -285,8 +285,8 @@ class RheoAttnBackend(AttentionBackend):
 
     def _first_scores(self):
         """The kernels that give a prompt's blocks their first importance, where there are some and it is asked for."""
-        if self.gpu is None or not self.selects or self.config.mode != "balanced":
-            return None
+        if self.gpu is None or not self.gpu.step.selects or self.config.mode != "balanced":
+            return None  # (a step that selects in no layer has no room for scores)
         from rheoserve_sgl.ops.gpu.first import FirstScores
 
         return FirstScores(self.gpu.step)

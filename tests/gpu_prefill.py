@@ -93,6 +93,12 @@ def test_pooling_the_keys_of_a_prefill_equals_torch(selector, dtype):
     torch.testing.assert_close(mine.cpu(), expected, equal_nan=True, **exact)
 
 
+def test_a_step_that_selects_in_no_layer_has_no_room_for_first_scores():
+    exchange = Exchange.make(6, HEADS, GROUP, DIM, MAX_PAGES, pin=DEVICE == "cuda")
+    with pytest.raises(ValueError, match="step.selects is False"):
+        FirstScores(GpuStep(make(DEVICE, "quest"), [Rule(Select.ALL, 1, 1)] * LAYERS, exchange, None))
+
+
 @pytest.mark.parametrize("selector", ["quest", "mean", "seer"])
 def test_the_first_importance_is_the_last_querys_scores(selector):
     """Added to what the blocks have, for requests of all lengths, as score and record do it."""

@@ -43,9 +43,19 @@ def test_a_kernel_that_starts_early_waits_in_the_time_of_the_one_in_front():
     assert split["between kernels"] == 0.002 and split["step"] == 0.05
 
 
-def test_a_trace_without_two_steps_is_refused():
-    with pytest.raises(ValueError, match="has 1 kernels named _snapshot; needed: 2"):
-        split_step([{"name": "_snapshot", "stream": 7, "at": 0, "took": 1}])
+def test_a_prefill_between_two_steps_is_no_step(tmp_path):
+    """It has a page table too, for the first importance of its blocks."""
+    prefill = [event("_snapshot", 100, 5), event("nvjet_tst_gemm", 110, 3000), event("_first", 3200, 10)]
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"traceEvents": [*step(0), *prefill, *step(4000), *step(4100)]}))
+    split = split_step(kernels_of(trace))
+    assert split["steps"] == 2 and split["step"] == 0.1 and split["weights"] == 0.02
+
+
+@pytest.mark.parametrize("names", [["_snapshot"], ["_snapshot", "_attend_split"], ["_snapshot", "_first", "_snapshot"]])
+def test_a_trace_without_a_whole_step_is_refused(names):
+    with pytest.raises(ValueError, match="no step from one kernel _snapshot to the next with _attend_split between"):
+        split_step([{"name": name, "stream": 7, "at": at, "took": 1} for at, name in enumerate(names)])
 
 
 def test_kernels_of_others_are_not_ours():

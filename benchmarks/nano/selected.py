@@ -1,7 +1,7 @@
 """Attention as it is served, in training: what recalls attends to the blocks that its gate picks, and not to all.
 
 A model that only ever saw dense attention need not be right without the blocks that a gate leaves out, however little
-weight they had: in training it meets what is missing, and learns to do without. Prompts stay dense, as in serving.
+weight they had: in training it meets what is missing, and learns to get by without. Prompts stay dense, as in serving.
 """
 
 import torch
@@ -99,6 +99,7 @@ def draw_run(recalls: torch.Tensor) -> torch.Tensor:
 
 
 def draw_blocks(length: int) -> int:
-    """How many blocks a step's queries attend to: about a sixteenth of the context, half or twice that at times."""
+    """How many blocks a step's queries attend to: about a sixteenth of the context, half or twice that at times, and at
+    least two more than every query's own (of 4,096 tokens always an eighth)."""
     share = (1 / 32, 1 / 16, 1 / 16, 1 / 8)[int(torch.randint(4, ()))]
     return max(int(length * share) // PAGE_TOKENS, ALWAYS + 2)

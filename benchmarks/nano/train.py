@@ -2,8 +2,8 @@
 
 A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. With `--start` it
 trains an exported model further; give it another `--seed`. With `--gates` a gate a layer is trained beside the model,
-and their divergence is a part of its loss (benchmarks/nano/gates.py); with `--selected` it also learns to do with what
-they pick (benchmarks/nano/selected.py). A state is saved
+and their divergence is a part of its loss (benchmarks/nano/gates.py); with `--selected` it also learns to get by with
+what they pick (benchmarks/nano/selected.py). A state is saved
 every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped. DIR holds the
 results: weights.pt (bf16, transformers' names), gate/ (SeerAttention-R's format), log.jsonl (one line a report) and
 state.pt.

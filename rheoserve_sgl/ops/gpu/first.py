@@ -54,9 +54,14 @@ class FirstScores:
 
     Args:
         step: GpuStep that selects
+
+    Raises:
+        ValueError: the step selects in no layer, and has no room for scores
     """
 
     def __init__(self, step: GpuStep):
+        if not step.selects:
+            raise ValueError("step.selects is False; needed: a step that selects in some layer")
         self._step = step
         rows, max_pages = step.tables.pages.shape
         self._room = Tables.make(rows, max_pages, step.tables.pages.device)
