@@ -160,8 +160,9 @@ def reference(checkpoints, tmp_path_factory):
         (["--rheoserve-token-budget", "16384"], {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}),
         (["--rheoserve-token-budget", "16384", "--rheoserve-selector", "mean", "--disable-cuda-graph"], {}),
         (["--rheoserve-token-budget", "16384", "--rheoserve-admission", "off"], {}),
+        (["--rheoserve-token-budget", "512", "--rheoserve-dense-layers", "4"], {}),
     ],
-    ids=["full", "full-without-graphs", "balanced-random-exchange", "balanced-mean-without-graphs", "all-at-once"],
+    ids=["full", "full-no-graphs", "random-exchange", "mean-no-graphs", "all-at-once", "all-layers-dense"],
 )
 def test_answers_equal_triton_within_rounding(args, env, reference, checkpoints, tmp_path):
     """Tokens are equal up to a step where the two best are within rounding; log probabilities up to there."""
