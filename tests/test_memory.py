@@ -3,20 +3,23 @@
 import math
 
 import pytest
+import torch
 
 from rheoserve_sgl.config import RheoConfig
-from rheoserve_sgl.runtime.memory import GB, cgroup_room, free_host_bytes, size_tiers
+from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.runtime.memory import GB, cgroup_room, free_host_bytes, key_bytes, size_tiers
 
 TOKEN = 10_000  # bytes
 
 
-def sizes(free=100 * GB, profiled=None, top=None, **settings):
+def sizes(free=100 * GB, profiled=None, top=None, keys=0.0, **settings):
     return size_tiers(
         RheoConfig(**settings),
         token_bytes=TOKEN,
         free_bytes=free,
         profiled_tokens=profiled,
         max_total_tokens=top,
+        key_bytes=keys,
     )
 
 
@@ -54,6 +57,27 @@ def test_a_host_store_that_memory_cannot_hold_is_refused_with_the_numbers():
         sizes(host_size=200.0, device_tokens=64)
     with pytest.raises(ValueError, match="--rheoserve-host-ratio asks"):
         sizes(host_ratio=1e6)
+
+
+def test_gate_keys_of_the_host_store_take_their_part_of_the_device():
+    """Of 100,000 tokens that fit, the keys of 4,000,000 at a hundredth of a token each leave 60,000."""
+    got = sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100)
+    assert got.host_tokens == 4_000_000 and got.device_tokens == 60_000 // 64 * 64
+    assert "gate keys leave room for 59968" in got.reason
+    assert sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100, device_tokens=6400).device_tokens == 6400
+    with pytest.raises(ValueError, match="--rheoserve-device-tokens is 64000, but only 60000 tokens fit beside the we"):
+        sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100, device_tokens=64_000)
+    with pytest.raises(ValueError, match="no room for KV: the host store would hold 4000000 tokens and the device 0"):
+        sizes(profiled=30_000, host_size=40.0, keys=TOKEN / 100)
+    assert sizes(profiled=None, host_size=40.0, keys=TOKEN).device_tokens == sizes(host_size=40.0).device_tokens
+
+
+@pytest.mark.parametrize("selector", ["quest", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_gates_keys_are_larger_than_what_is_reserved(selector, dtype):
+    gate = make_gate(selector)
+    of_block = gate.key_dim(128) * gate.key_dtype(dtype, "cuda").itemsize
+    assert of_block * 36 * 8 / 64 <= key_bytes(36, 8, 128, dtype.itemsize)
 
 
 def test_device_tokens_that_do_not_fit_are_refused():

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.runtime.memory import GB, free_host_bytes
+from rheoserve_sgl.runtime.memory import GB, free_host_bytes, key_bytes
 
 DEVICE_SHARE = 0.85  # of the GPU's free memory for weights and frames; SGLang measures it when it starts
 MARGIN = 1.02  # for pages that are not full, and those of the step to come
-TABLES = 8  # bytes of residency and importance for each block
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ def needs_of(model: Path, tp_size: int) -> Needs:
     """
     from sglang.srt.configs.model_config import ModelConfig
 
-    from rheoserve_sgl.gate import make_gate
     from rheoserve_sgl.refusals import refuse_model
 
     if not (model / "config.json").is_file():
@@ -72,10 +70,9 @@ def needs_of(model: Path, tp_size: int) -> Needs:
         raise ValueError(f"--model is {str(model)!r}, which has no weights; legal: *.safetensors or *.bin in it")
     heads, itemsize = config.get_num_kv_heads(tp_size), config.dtype.itemsize
     layers, dim = config.num_hidden_layers, config.head_dim
-    blocks = layers * heads / PAGE_TOKENS  # of a token
     return Needs(
         token_bytes=2 * layers * heads * dim * itemsize,
-        key_bytes=blocks * (make_gate("quest").key_dim(dim) * itemsize + TABLES),
+        key_bytes=key_bytes(layers, heads, dim, itemsize),
         weights=sum(file.stat().st_size for file in files) // tp_size,
         heads=(dim, heads, max(config.num_attention_heads // tp_size // heads, 1), config.dtype),
     )

@@ -17,7 +17,7 @@ from rheoserve_sgl.gate.checkpoint import read_gate, take_heads
 from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.workers import usable_threads
 from rheoserve_sgl.refusals import model_shape
-from rheoserve_sgl.runtime.memory import free_host_bytes, size_tiers
+from rheoserve_sgl.runtime.memory import free_host_bytes, key_bytes, size_tiers
 from rheoserve_sgl.runtime.ranks import smallest
 from rheoserve_sgl.server_args import selects_rheoserve
 
@@ -33,13 +33,15 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
     resolved = original(configurator, pre_model_load_memory)
     config = RheoConfig.from_server_args(configurator.server_args)
     world = get_world_group()
+    layers, heads, head_dim, itemsize = _kv_shape(configurator)
     sizes = size_tiers(
         config,
-        token_bytes=_token_bytes(configurator),
+        token_bytes=2 * layers * heads * head_dim * itemsize,
         # The same for all ranks, so that their page tables stay alike.
         free_bytes=int(*smallest([free_host_bytes() // world.world_size])),
         profiled_tokens=None if on_cpu else resolved.max_total_num_tokens,
         max_total_tokens=get_schedule().max_total_tokens,
+        key_bytes=key_bytes(layers, heads, head_dim, itemsize),
     )
     logger.info("RheoServe sizes: %s", sizes.reason)
     resolved.max_total_num_tokens = sizes.host_tokens
@@ -120,9 +122,8 @@ def _default_threads(device) -> int:
     return max(own if torch.device(device).type == "cpu" else own - 2, 1)
 
 
-def _token_bytes(configurator) -> int:
+def _kv_shape(configurator) -> tuple[int, int, int, int]:
+    """(layers, KV heads, head dim, bytes of a number) of this rank's KV cache."""
     model = configurator.model_config
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
-    return (
-        2 * heads * model.head_dim * configurator.layer_info.num_effective_layers * configurator.kv_cache_dtype.itemsize
-    )
+    return configurator.layer_info.num_effective_layers, heads, model.head_dim, configurator.kv_cache_dtype.itemsize

@@ -12,6 +12,7 @@ from rheoserve_sgl.config import DEFAULT_HOST_RATIO, RheoConfig
 GB = 10**9
 HOST_SHARE = 0.7  # of the free host memory, at most, for a host store sized by default
 CPU_DEVICE_SHARE = 0.05  # of the free memory, for frames where there is no GPU
+TABLES = 8  # bytes of residency and importance on the device for each block
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Sizes:
     device_tokens: int
     host_tokens: int
     reason: str
+
+
+def key_bytes(layers: int, heads: int, head_dim: int, itemsize: int) -> float:
+    """What the device holds for each token of the host store, whether it is resident or not: its part of a block's gate
+    key, by the largest of the gates' (Quest's), and of the tables."""
+    return layers * heads / PAGE_TOKENS * (2 * head_dim * itemsize + TABLES)
 
 
 def free_host_bytes() -> int:
@@ -47,6 +54,7 @@ def size_tiers(
     free_bytes: int,
     profiled_tokens: int | None,
     max_total_tokens: int | None = None,
+    key_bytes: float = 0.0,
 ) -> Sizes:
     """Decide the capacities of both tiers for one rank.
 
@@ -55,6 +63,7 @@ def size_tiers(
         free_bytes: free host memory that this rank may count on
         profiled_tokens: what fits on the device by SGLang's profiling; None where frames are in host memory
         max_total_tokens: `--max-total-tokens`, an upper bound on the host store
+        key_bytes: on the device for each token of the host store; see the function of that name
 
     Raises:
         ValueError: a host store, or frames, that memory cannot hold, with the numbers
@@ -99,6 +108,14 @@ def size_tiers(
             f"bytes), but {free_bytes / GB:.2f} GB of host memory are free and {beside / GB:.2f} GB of it go to "
             f"frames; legal: at most {max(most, 0) * token_bytes / GB:.2f} GB"
         )
+    if not on_cpu and device > (room := profiled_tokens - math.ceil(host * key_bytes / token_bytes)):
+        if config.device_tokens is not None:
+            raise ValueError(
+                f"--rheoserve-device-tokens is {device}, but only {max(room, 0)} tokens fit beside the weights and the "
+                f"gate's keys of {host} tokens in host memory; lower one of them, or raise --mem-fraction-static"
+            )
+        device = max(room, 0) // PAGE_TOKENS * PAGE_TOKENS
+        reason += f"; gate keys leave room for {device} on the device"
     if host < PAGE_TOKENS or device < PAGE_TOKENS:
         raise ValueError(
             f"no room for KV: the host store would hold {host} tokens and the device {device}; "
