@@ -29,7 +29,8 @@ from rheoserve_sgl.ops.attention import attend_cpu
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.extension import extension
 from rheoserve_sgl.ops.plan import Visit
-from rheoserve_sgl.ops.workers import cpu_variant, usable_threads, worker_pool
+from rheoserve_sgl.ops.processors import usable_threads
+from rheoserve_sgl.ops.workers import cpu_variant, worker_pool
 from rheoserve_sgl.runtime.gpu_decode import rank_processors
 
 KV_HEADS = 8

@@ -50,11 +50,19 @@ void split(const AttendArgs& a, Workspace& w) {
 }
 
 // Threads take chunks of neighbouring tasks: large ones first, for which a kernel is set up once, then smaller
-// ones, so that all threads end together.
+// ones, so that all threads end together. A chunk's size is what it reads, in blocks: tasks differ.
 void chunk(int threads, Workspace& w) {
   const int tasks = static_cast<int>(w.tasks.size());
+  int64_t left = 0;
+  for (const Task& task : w.tasks) left += task.count;
   w.chunks.clear();
-  for (int begin = 0; begin < tasks; begin += std::max((tasks - begin) / (4 * threads), 1)) w.chunks.push_back(begin);
+  for (int begin = 0; begin < tasks;) {
+    w.chunks.push_back(begin);
+    const int64_t most = left / (4 * threads);
+    int64_t taken = w.tasks[begin++].count;
+    while (begin < tasks && taken + w.tasks[begin].count <= most) taken += w.tasks[begin++].count;
+    left -= taken;
+  }
   w.chunks.push_back(tasks);
 }
 

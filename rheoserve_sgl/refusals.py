@@ -1,6 +1,7 @@
 """What RheoServe does not serve, said at start-up with the flag or field and what to do instead."""
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
+from rheoserve_sgl.ops.processors import usable_threads
 
 # (ServerArgs field, is it a legal value, legal values and remedy)
 _FLAGS = (
@@ -54,6 +55,17 @@ def refuse_flags(server_args):
         if not legal(value):
             flag = "--" + field.replace("_", "-")
             raise ValueError(f"{flag} is {value!r}, which --attention-backend rheoserve cannot serve; use {remedy}")
+
+
+def refuse_threads(server_args):
+    """Raise ValueError if the ranks would run more CPU threads than there are processors for them: they poll."""
+    threads, ranks = server_args.rheoserve_host_threads, server_args.tp_size
+    most = max(usable_threads() // ranks, 1)
+    if threads is not None and threads > most:
+        raise ValueError(
+            f"--rheoserve-host-threads is {threads}; legal: 1 to {most}, what affinity and CPU quota leave "
+            + ("this process" if ranks == 1 else f"each of {ranks} ranks")
+        )
 
 
 def refuse_model(model_config):

@@ -14,7 +14,7 @@ from sglang.srt.server_args import ServerArgs
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS, environ
 from rheoserve_sgl.config import ADMISSION, CANARY, DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
-from rheoserve_sgl.refusals import refuse_flags, refuse_gate, refuse_model
+from rheoserve_sgl.refusals import refuse_flags, refuse_gate, refuse_model, refuse_threads
 
 
 @dataclasses.dataclass
@@ -163,6 +163,7 @@ class RheoServerArgs(ServerArgs):
         RheoConfig.from_server_args(self)
         require_extension()
         refuse_flags(self)
+        refuse_threads(self)
         self._apply_defaults()
         super().__post_init__()
         if self.model_path.lower() not in ("none", "dummy"):

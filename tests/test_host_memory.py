@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rheoserve_sgl.cache.host_memory import HUGE_PAGE, zeroed
+from rheoserve_sgl.cache.host_memory import HUGE_PAGE, pin_all, zeroed
 from rheoserve_sgl.cache.host_store import HostStore
 
 
@@ -41,6 +41,34 @@ def test_memory_that_the_system_refuses_is_named_with_the_flag():
     out = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=300)
     assert "the system refuses 0.31 GiB of host memory" in out.stdout, out.stdout + out.stderr
     assert "lower --rheoserve-host-size" in out.stdout
+
+
+def test_a_driver_that_refuses_to_pin_is_named_with_the_limits(monkeypatch):
+    """What was pinned before is given back with the store."""
+    calls = []
+
+    class Driver:
+        def cudaHostRegister(self, address, size, flags):
+            calls.append(address)
+            return 0 if len(calls) < 3 else 2
+
+        def cudaHostUnregister(self, address):
+            calls.remove(address)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    tensors = [zeroed((1 << 18,), torch.float32) for _ in range(4)]
+
+    class Owner:
+        pass
+
+    owner = Owner()
+    with pytest.raises(MemoryError, match=r"refuses to pin more than 0.00 of the host store's 0.00 GiB .*answers 2.*"):
+        pin_all(owner, tensors, 1)
+    assert len(calls) == 3
+    del owner
+    gc.collect()
+    assert len(calls) == 1  # the one that was refused
 
 
 @pytest.mark.gpu

@@ -28,6 +28,8 @@ REFUSED = {
     "--rheoserve-threshold 2": "--rheoserve-threshold is 2.0",
     "--rheoserve-selector seer": "--rheoserve-selector is 'seer'; legal: seer with --rheoserve-gate-path",
     "--rheoserve-gate-path /nowhere": "--rheoserve-gate-path is '/nowhere', which has no config.json",
+    "--rheoserve-host-threads 5000": r"--rheoserve-host-threads is 5000; legal: 1 to \d+, what affinity",
+    "--tp-size 2 --rheoserve-host-threads 5000": "--rheoserve-host-threads is 5000.*each of 2 ranks",
     "--rheoserve-dense-layers 9": "--rheoserve-dense-layers is 9; legal: 0 to 4",
 }
 TRY_ALL = """

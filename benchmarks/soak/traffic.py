@@ -22,6 +22,13 @@ BAD = {
     "a token that is none": {"input_ids": [1, 10**9], "sampling_params": {"max_new_tokens": 1}},
     "a token below zero": {"input_ids": [-1, 2], "sampling_params": {"max_new_tokens": 1}},
     "a prompt that is none": {"input_ids": "abc"},
+    "an empty prompt": {"input_ids": [], "sampling_params": {"max_new_tokens": 1}},
+    "a token of more than 64 bits": {"input_ids": [1, 10**30], "sampling_params": {"max_new_tokens": 1}},
+    "a token that is no whole number": {"input_ids": [1.5, 2], "sampling_params": {"max_new_tokens": 1}},
+    "more new tokens than the context has": {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 10**9}},
+    "a share beyond one": {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 1, "top_p": 7}},
+    "options that are none": {"input_ids": [1, 2], "sampling_params": {"custom_params": {"rheoserve": 7}}},
+    "a pattern that is none": {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 4, "regex": "(("}},
     "a prompt beyond the context": {"input_ids": [1] * 100_000, "sampling_params": {"max_new_tokens": 1}},
 }
 

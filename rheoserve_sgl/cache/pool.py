@@ -15,7 +15,7 @@ from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.ops.append import append
-from rheoserve_sgl.ops.workers import usable_threads
+from rheoserve_sgl.ops.processors import usable_threads
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30

@@ -13,7 +13,8 @@ from rheoserve_sgl.cache.host_memory import zeroed
 from rheoserve_sgl.doctor.finding import Finding, find
 from rheoserve_sgl.ops.extension import extension
 from rheoserve_sgl.ops.gpu.timing import fastest
-from rheoserve_sgl.ops.workers import cpu_variant, self_test, usable_threads, worker_pool
+from rheoserve_sgl.ops.processors import usable_threads
+from rheoserve_sgl.ops.workers import cpu_variant, self_test, worker_pool
 from rheoserve_sgl.runtime.memory import free_host_bytes
 
 GB = 10**9

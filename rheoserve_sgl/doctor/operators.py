@@ -18,6 +18,7 @@ from rheoserve_sgl.doctor.inputs import (
     some_frames,
     table,
 )
+from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_cpu, append_torch
 from rheoserve_sgl.ops.attention import attend_cpu, attend_torch
@@ -25,6 +26,7 @@ from rheoserve_sgl.ops.attn_gate import gate_keys_cpu, gate_keys_torch, gate_que
 from rheoserve_sgl.ops.extension import extension
 from rheoserve_sgl.ops.merge import merge_torch
 from rheoserve_sgl.ops.plan import Rule, Select, plan_cpu, plan_torch
+from rheoserve_sgl.ops.pool_keys import pool_keys_cpu, pool_keys_torch
 from rheoserve_sgl.ops.score import record_cpu, record_torch, score_cpu, score_torch
 from rheoserve_sgl.runtime.writes import Writes
 
@@ -40,7 +42,7 @@ def look_at_operators() -> list[Finding]:
         ]
     checks = {f"attention, {variant}": lambda v=variant: attention(v) for variant in extension().cpu_variants()}
     checks |= {"merge": merging, "score and plan": selection, "learned gate": gate}
-    checks |= {"recorder": recorder, "append": appending}
+    checks |= {"recorder": recorder, "append": appending, "gate keys": keys}
     if torch.cuda.is_available():
         from rheoserve_sgl.doctor.operators_gpu import CHECKS
 
@@ -108,6 +110,17 @@ def gate() -> tuple[float, float]:
     gate_keys_cpu(weights, plain, writes, running.clone(), keys[0], 2)
     gate_keys_torch(weights, plain, writes, running.clone(), keys[1])
     return max(worst, distance(*keys)), 1e-3
+
+
+def keys() -> tuple[float, float]:
+    """Keys of a gate without weights, of whole pages and of one that is not full."""
+    name = ("quest", "mean")[int(torch.randint(2, ()))]
+    host, pages = torch.randn(BLOCKS, KV_HEADS, 2, 64, DIM), torch.randperm(BLOCKS)[:3]
+    filled = torch.tensor([64, 64, int(torch.randint(1, 64, ()))], dtype=torch.int32)
+    mine, theirs = torch.zeros(2, BLOCKS, KV_HEADS, make_gate(name).key_dim(DIM))
+    pool_keys_cpu(make_gate(name), host, pages, filled, mine, 2)
+    pool_keys_torch(make_gate(name), host, pages, filled, theirs)
+    return distance(mine, theirs), 1e-4
 
 
 def recorder() -> tuple[float, float]:

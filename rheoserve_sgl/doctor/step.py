@@ -5,7 +5,7 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.config import DEFAULT_TOKEN_BUDGET
 from rheoserve_sgl.doctor.needs import GB, Load, Needs
-from rheoserve_sgl.ops.workers import usable_threads
+from rheoserve_sgl.ops.processors import usable_threads
 from rheoserve_sgl.runtime.latency_model import LatencyModel, Rates, StepLoad
 
 MISSED = 0.06  # of the selection, as measured where 5% of it changed at each step (docs/LOG.md)

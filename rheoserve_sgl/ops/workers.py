@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import subprocess
 import sys
 
@@ -63,16 +62,3 @@ def self_test(variant: str) -> str:
     if child.returncode < 0:
         return f"killed by signal {-child.returncode}"
     return "" if child.returncode == 0 else child.stderr.strip().rpartition("\n")[2] or f"exit {child.returncode}"
-
-
-def usable_threads() -> int:
-    """Processors this process may use: its affinity, cut by a cgroup CPU quota."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 quota
-    return count

@@ -15,7 +15,7 @@ from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.gate.checkpoint import read_gate, take_heads
 from rheoserve_sgl.gate.seer import SeerGate
-from rheoserve_sgl.ops.workers import usable_threads
+from rheoserve_sgl.ops.processors import usable_threads
 from rheoserve_sgl.refusals import model_shape
 from rheoserve_sgl.runtime.memory import free_host_bytes, key_bytes, size_tiers
 from rheoserve_sgl.runtime.ranks import smallest

@@ -18,9 +18,12 @@ async function poll() {
 }
 
 function show(data) {
-  const now = data.ranks[0], view = now.look, before = last;
+  const ranks = data.ranks.length, rank = Math.min(by("rank").value || 0, ranks - 1);
+  by("rank").max = ranks - 1;
+  by("ranks").hidden = ranks < 2;
+  const now = data.ranks[rank], view = now.look, before = last && last.rank === rank ? last : null;
   if (view.error) return void (by("status").textContent = view.error);
-  last = { time: data.time, ...now };
+  last = { time: data.time, rank, ...now };
   const since = (name) => (before ? now[name] - before[name] : 0);
   const steps = since("decode_steps"), selected = since("selected_blocks");
   const percent = (part, whole) => (whole > 0 ? (100 * part / whole).toFixed(1) + "%" : "–");
