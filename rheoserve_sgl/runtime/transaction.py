@@ -6,6 +6,8 @@ It lives on SGLang's Req, so that it goes where the request goes: into a retract
 import time
 from collections import Counter
 
+from rheoserve_sgl.runtime.batch import pages_of
+
 RECENT = 0.25  # weight of the newest window in the mean of a working set
 STATES = ("decoding", "waiting", "prefilling", "registered")
 
@@ -105,6 +107,8 @@ def describe(scheduler, most: int = 100) -> dict:
             "state": one.state,
             "tokens": len(request.origin_input_ids) + len(request.output_ids),
             "most_tokens": len(request.origin_input_ids) + request.sampling_params.max_new_tokens,
+            "pages": pages_of(len(request.origin_input_ids) + len(request.output_ids)),
+            "budget_pages": one.limit or None,  # None: it has not decoded yet, or attends to all
             "working_set_pages": round(one.need, 1),
             "waited_seconds": round(one.waiting_seconds(), 3),
             "pauses": one.pauses,
