@@ -26,6 +26,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_engine_gives_the_servers_answer(full, checkpoints, tmp_path):
     [prompt] = random_prompts(40, [700])
     script = tmp_path / "engine.py"
