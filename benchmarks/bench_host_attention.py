@@ -183,8 +183,8 @@ def main():
                 batches = args.batches if threads > 1 else args.batches[:1]
                 for batch in batches:
                     before = stream_rate(store, threads)
-                    visits = make_visits(store, batch, args.blocks)
-                    alike = stream_rate(store, threads, listed_bytes(store, visits[0]), len(visits))
+                    read = batch * KV_HEADS * args.blocks * store[0].nbytes
+                    alike = stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))
                     rates, cached = {}, {}
                     for variant in args.variants:  # lists of its own: none reads what another left in a cache
                         visits = make_visits(store, batch, args.blocks)

@@ -53,6 +53,14 @@ class Gates(nn.Module):
         own = {name: self.layers[layer][name] for name in ("q", "k", "q_norm", "k_norm")}
         return GateWeights(**own, rope=rope, parts=self.config.parts)
 
+    @staticmethod
+    def keys(weights: GateWeights, k: torch.Tensor) -> torch.Tensor:
+        """`[blocks, kv_heads, gate_dim]` of the whole blocks of keys `[tokens, kv_heads, head_dim]` before RoPE."""
+        whole = len(k) // PAGE_TOKENS
+        first = torch.arange(whole, device=k.device) * PAGE_TOKENS
+        blocks = k[: whole * PAGE_TOKENS].unflatten(0, (-1, PAGE_TOKENS))
+        return project_key(weights, pool_blocks(blocks, weights.parts), first)
+
     def loss(self, layer: int, plain, rotated, rope, positions) -> torch.Tensor:
         """Divergence of one layer's gate from its attention beyond the window, for some queries of one sequence.
 
@@ -69,9 +77,7 @@ class Gates(nn.Module):
             scale = self.shape.head_dim**-0.5
             targets, weights = block_targets(group(turned_q), turned_k, positions, scale, PAGE_TOKENS, far)
         own = self.weights(layer, rope)
-        first = torch.arange(0, tokens, PAGE_TOKENS, device=k.device)
-        keys = project_key(own, pool_blocks(k.unflatten(0, (-1, PAGE_TOKENS)), self.config.parts), first)
-        return gate_loss(project_query(own, group(q), positions), keys, targets, far, weights)
+        return gate_loss(project_query(own, group(q), positions), self.keys(own, k), targets, far, weights)
 
 
 def draw_positions(recalls: torch.Tensor, length: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.nano.gates import ROWS, WINDOW, Gates
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.gate.attn_gate import pool_blocks, project_key, project_query
+from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.gate.target import far_blocks
 
 QUERIES = 512  # of each sequence
@@ -60,13 +60,10 @@ class Selected:
             weights = self.gates.weights(layer, angles)
             whole = len(k) // PAGE_TOKENS  # a last block that is not complete is a query's own, or behind it
             blocks = -(-len(k) // PAGE_TOKENS)
-            first = torch.arange(whole, device=k.device) * PAGE_TOKENS
-            pooled = pool_blocks(k[: whole * PAGE_TOKENS].unflatten(0, (-1, PAGE_TOKENS)), weights.parts)
-            keys = project_key(weights, pooled, first)
             queries = project_query(weights, q[positions].unflatten(1, (k.shape[1], -1)), positions)
             far = far_blocks(positions, blocks, PAGE_TOKENS, WINDOW)
             scores = torch.full((len(positions), k.shape[1], blocks), -torch.inf, device=k.device)
-            scores[:, :, :whole] = torch.einsum("nhw,bhw->nhb", queries, keys)
+            scores[:, :, :whole] = torch.einsum("nhw,bhw->nhb", queries, self.gates.keys(weights, k))
             scores.masked_fill_(~far[:, None], -torch.inf)
             best = scores.topk(min(self.picked, blocks), -1).indices
             return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & far[:, None] | ~far[:, None]
