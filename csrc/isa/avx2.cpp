@@ -48,8 +48,39 @@ struct Avx2 {
   }
 };
 
+// Words of two bf16: a key is widened in registers, once for all heads.
+struct Avx2Pairs : Avx2 {
+  static constexpr int kParts = 2;
+  static Reg low(Reg words) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(words), 16)); }
+  static Reg high(Reg words) { return _mm256_and_ps(words, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000))); }
+};
+
+class Avx2PairLogits {
+ public:
+  explicit Avx2PairLogits(const Run& run) : dots_(run.group, run.dim / 2), width(dots_.width), words_(run.dim / 2) {
+    for (int h = 0; h < run.group; ++h) dots_.set_query(h, run.q + h * run.dim);
+  }
+
+ private:
+  Dots<Avx2Pairs> dots_;
+
+ public:
+  const int width;
+
+  void logits(const BFloat* keys, int tokens, float* out, Ahead& ahead) const {
+    const float* words = reinterpret_cast<const float*>(keys);
+    for (int t = 0; t < tokens; t += Avx2::kTokens)
+      dots_.tile(words + static_cast<int64_t>(t) * words_, out + t * width, false, ahead);
+  }
+
+ private:
+  const int words_;
+};
+
 }  // namespace
 
-const Variant kAvx2 = make_variant<Avx2>("avx2");
+const Variant kAvx2 = {"avx2",
+                       {attend_run<FmaMath<Avx2, float>>, attend_run<FmaMath<Avx2, Half>>,
+                        attend_run<FmaMath<Avx2, BFloat, Avx2PairLogits>>}};
 
 }  // namespace rheo

@@ -41,7 +41,8 @@ struct Ahead {
 
   void steps(int n) {
     if (end - at < 64 * n) {
-      for (int i = 0; i < n; ++i) step();
+      if (at < end || then < then_end)
+        for (int i = 0; i < n; ++i) step();
       return;
     }
     for (int i = 0; i < n; ++i) __builtin_prefetch(at + 64 * i, 0, 2);

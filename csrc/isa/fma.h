@@ -3,6 +3,7 @@
 // V offers: Reg, kWidth (floats a register), kTokens (keys a tile), kHeads (query heads a value tile), zero,
 // set1, load(const T*) for float / half / bf16, store, fma, mul, add, max(x, or else this), round, scale2,
 // spread<F>(p) (the F floats at p, again and again) and fold(a, b) (sums of neighbours: a's, then b's).
+// One whose words of a key are two bf16 each, kParts = 2, offers low(words) and high(words): either of them as floats.
 #pragma once
 
 #include "body.h"
@@ -10,14 +11,24 @@
 namespace rheo {
 namespace {
 
-// Dot products of a group's queries with keys of `words` floats. A lane is one head's product with every
+template <class V>
+constexpr int parts() {
+  if constexpr (requires { V::kParts; }) return V::kParts;
+  else return 1;
+}
+
+// Dot products of a group's queries with keys of `words` floats, or pairs of bf16. A lane is one head's product with every
 // F-th component, F being how often the group fits into a register: a key is loaded and multiplied once for
 // all heads, and only log2(F) additions across lanes are left at the end.
-template <class V>
+//
+// `Bytes` of memory are a word: as many lines are asked for as are read, up to four at a step, until there are no more.
+template <class V, int Bytes = sizeof(float)>
 class Dots {
+  static constexpr int kParts = parts<V>();
+
  public:
   Dots(int group, int words) : copies_(copies(group, words)), width(round_up(group, V::kWidth / copies_)), words_(words) {
-    if (group < width) fill(query_, width * words, 0.0f);
+    if (group < width) fill(query_, width * words * kParts, 0.0f);
   }
 
  private:
@@ -27,9 +38,10 @@ class Dots {
   const int width;  // heads a row of logits
 
   void set_query(int head, const float* q) {
-    float* to = query_ + head / V::kWidth * V::kWidth * words_ + head % V::kWidth * copies_;
-    for (int j = 0; j < words_; j += copies_, to += V::kWidth)
-      for (int f = 0; f < copies_; ++f) to[f] = q[j + f];
+    float* to = query_ + (head / V::kWidth * V::kWidth * words_) * kParts + head % V::kWidth * copies_;
+    for (int j = 0; j < words_; j += copies_)
+      for (int part = 0; part < kParts; ++part, to += V::kWidth)
+        for (int f = 0; f < copies_; ++f) to[f] = q[(j + f) * kParts + part];
   }
 
   // Products with V::kTokens keys, to out [kTokens][width]; `add` to what is there.
@@ -67,19 +79,37 @@ class Dots {
 
   template <int F, class Stride>
   void products(const float* keys, Stride words, float* out, bool add, Ahead& ahead) const {
+    constexpr int kRead = F * Bytes * V::kTokens;  // bytes, by a step
+    constexpr int kLines = kRead < 64 ? 1 : kRead < 256 ? kRead / 64 : 4;
+    constexpr int kSteps = kRead < 64 ? 64 / kRead : 1;
+    Ahead next = ahead;  // in registers
     for (int c = 0; c < width; c += V::kWidth) {
       typename V::Reg acc[V::kTokens];
       for (int i = 0; i < V::kTokens; ++i) acc[i] = V::zero();
-      const float* q = query_ + c * words;
-      for (int j = 0; j < words; j += F, q += V::kWidth) {
-        const typename V::Reg qj = V::load(q);
-        for (int i = 0; i < V::kTokens; ++i) acc[i] = V::fma(qj, V::template spread<F>(keys + i * words + j), acc[i]);
-        ahead.steps(F < 4 ? F : 4);
+      const float* q = query_ + c * words * kParts;
+      for (int j = 0; j < words;) {
+        for (int step = 0; step < kSteps; ++step, j += F, q += V::kWidth * kParts) multiply<F>(q, keys + j, words, acc);
+        next.steps(kLines);
       }
       fold_all<F, V::kTokens>(acc);
       for (int i = 0; i < V::kTokens / F; ++i) {
         float* to = out + (F == 1 ? i * width + c : i * V::kWidth);
         V::store(to, add ? V::add(V::load(to), acc[i]) : acc[i]);
+      }
+    }
+    ahead = next;
+  }
+
+  template <int F, class Stride>
+  static void multiply(const float* q, const float* keys, Stride words, typename V::Reg* acc) {
+    const typename V::Reg first = V::load(q);
+    if constexpr (kParts == 1) {
+      for (int i = 0; i < V::kTokens; ++i) acc[i] = V::fma(first, V::template spread<F>(keys + i * words), acc[i]);
+    } else {
+      const typename V::Reg second = V::load(q + V::kWidth);
+      for (int i = 0; i < V::kTokens; ++i) {
+        const typename V::Reg pair = V::template spread<F>(keys + i * words);
+        acc[i] = V::fma(second, V::high(pair), V::fma(first, V::low(pair), acc[i]));
       }
     }
   }
@@ -104,7 +134,7 @@ class FmaLogits {
   }
 
  private:
-  Dots<V> dots_;
+  Dots<V, sizeof(T)> dots_;
 
  public:
   const int width;
@@ -127,7 +157,7 @@ class FmaLogits {
 };
 
 // Values: out[h] = out[h] * rescale[h] + sum_t weights[t][h] * values[t], in strips of the dim.
-// `Pace` is how many lines are asked for at each token and pair of registers.
+// As many lines are asked for as are read, and Pace - 1 more at each turn.
 template <class V, class T, int Pace = 1>
 class FmaValues {
  public:
@@ -173,6 +203,10 @@ class FmaValues {
       const typename V::Reg r = V::set1(rescale[head + h]);
       for (int n = 0; n < N; ++n) acc[h][n] = V::mul(r, V::load(out + h * dim_ + n * V::kWidth));
     }
+    constexpr int kRead = N * V::kWidth * static_cast<int>(sizeof(T));  // bytes, of a token
+    constexpr int kLines = (kRead < 64 ? 1 : kRead / 64) + Pace - 1;
+    constexpr int kTurns = kRead < 64 ? 64 / kRead : 1;
+    Ahead next = ahead;  // in registers
     for (int t = 0; t < tokens; ++t) {
       typename V::Reg v[N];
       for (int n = 0; n < N; ++n) v[n] = V::load(values + static_cast<int64_t>(t) * dim_ + j + n * V::kWidth);
@@ -180,8 +214,9 @@ class FmaValues {
         const typename V::Reg w = V::set1(weights[t * width_ + head + h]);
         for (int n = 0; n < N; ++n) acc[h][n] = V::fma(w, v[n], acc[h][n]);
       }
-      ahead.steps(N == 4 ? Pace + 1 : Pace);
+      if (t % kTurns == 0) next.steps(kLines);
     }
+    ahead = next;
     for (int h = 0; h < H; ++h)
       for (int n = 0; n < N; ++n) V::store(out + h * dim_ + n * V::kWidth, acc[h][n]);
   }
