@@ -44,9 +44,9 @@ def look_at_operators() -> list[Finding]:
     checks |= {"merge": merging, "score and plan": selection, "learned gate": gate}
     checks |= {"recorder": recorder, "append": appending, "gate keys": keys}
     if torch.cuda.is_available():
-        from rheoserve_sgl.doctor.operators_gpu import CHECKS
+        from rheoserve_sgl.doctor import operators_gpu, operators_prefill
 
-        checks |= CHECKS
+        checks |= operators_gpu.CHECKS | operators_prefill.CHECKS
     return [find(name, lambda name=name, look=look: repeated(name, look)) for name, look in checks.items()]
 
 
