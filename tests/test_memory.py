@@ -91,13 +91,34 @@ def test_no_room_at_all():
 
 
 def test_a_containers_file_cache_counts_as_free(tmp_path):
-    assert cgroup_room(tmp_path) == math.inf
+    own = tmp_path / "own"
+    assert cgroup_room(tmp_path, own) == math.inf
     files = {"memory.max": "1000000\n", "memory.current": "900000\n", "memory.stat": "anon 1\ninactive_file 300000\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert cgroup_room(tmp_path) == 400_000
+    assert cgroup_room(tmp_path, own) == 400_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert cgroup_room(tmp_path) == math.inf
+    assert cgroup_room(tmp_path, own) == math.inf
+
+
+def test_the_least_room_of_all_groups_around_a_process_counts(tmp_path):
+    own = tmp_path / "own"
+    own.write_text("0::/a/b\n3:memory:/c\n")
+    inner, old = tmp_path / "a" / "b", tmp_path / "memory" / "c"
+    for folder, names in (
+        (inner, ("memory.max", "memory.current")),
+        (old, ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ):
+        folder.mkdir(parents=True)
+        for name, text in zip(names, ("1000\n", "900\n"), strict=True):
+            (folder / name).write_text(text)
+    (inner / "memory.stat").write_text("inactive_file 0\n")
+    assert cgroup_room(tmp_path, own) == 100
+    (old / "memory.stat").write_text("total_inactive_file 0\n")
+    (inner / "memory.max").write_text("max\n")
+    assert cgroup_room(tmp_path, own) == 100
+    (old / "memory.usage_in_bytes").write_text("300\n")
+    assert cgroup_room(tmp_path, own) == 700
 
 
 def test_free_host_bytes_is_plausible():

@@ -1,11 +1,19 @@
-"""How many processors this process may use."""
+"""What processors there are, and how many this process may use."""
 
 import math
 import os
+import platform
 from pathlib import Path
 
-ROOT = Path("/sys/fs/cgroup")
-OWN = Path("/proc/self/cgroup")
+from rheoserve_sgl.ops.cgroups import OWN, ROOT, own_groups
+
+
+def processor_name() -> str:
+    """As the system names it; the architecture where it has no name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
 
 
 def usable_threads() -> int:
@@ -14,25 +22,10 @@ def usable_threads() -> int:
 
 
 def cpu_quota(root: Path = ROOT, own: Path = OWN) -> float:
-    """Processors' worth of time that cgroups, of version 2 or 1, leave this process; infinite where there is no limit.
-
-    Args:
-        root: where cgroups are mounted
-        own: which cgroups the process is in, `/proc/self/cgroup`
-    """
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        lines = []
-    found = [_quota_v2(root)]  # in a container its own group is the root, whatever `own` says
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base, read = (root / controllers, _quota_v1) if controllers else (root, _quota_v2)
-        inner = base / path.lstrip("/")
-        found += [read(folder) for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
-    return min(found)
+    """Processors' worth of time that its cgroups leave this process, infinite where there is no limit; Args as in
+    `own_groups`."""
+    read = {1: _quota_v1, 2: _quota_v2}
+    return min(read[version](folder) for folder, version in own_groups("cpu", root, own))
 
 
 def _quota_v2(folder: Path) -> float:

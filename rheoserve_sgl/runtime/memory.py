@@ -8,10 +8,16 @@ import psutil
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.config import DEFAULT_HOST_RATIO, RheoConfig
+from rheoserve_sgl.ops.cgroups import OWN, ROOT, own_groups
 
 GB = 10**9
 HOST_SHARE = 0.7  # of the free host memory, at most, for a host store sized by default
 CPU_DEVICE_SHARE = 0.05  # of the free memory, for frames where there is no GPU
+# Of a cgroup, by its version: its limit and its use, and the line of memory.stat that tells what it can give back.
+FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 TABLES = 8  # bytes of residency and importance on the device for each block
 
 
@@ -31,18 +37,23 @@ def key_bytes(layers: int, heads: int, head_dim: int, itemsize: int) -> float:
 
 
 def free_host_bytes() -> int:
-    """Memory that can be allocated: what the system has available, cut by a cgroup limit."""
-    return max(min(psutil.virtual_memory().available, cgroup_room(Path("/sys/fs/cgroup"))), 0)
+    """Memory that can be allocated: what the system has available, cut by the limits of its cgroups."""
+    return max(min(psutil.virtual_memory().available, cgroup_room()), 0)
 
 
-def cgroup_room(group: Path) -> float:
-    """Bytes that a cgroup (v2) leaves, file pages that it can give back counted; infinite where there is no limit."""
+def cgroup_room(root: Path = ROOT, own: Path = OWN) -> float:
+    """Bytes that its cgroups leave this process, file pages that they can give back counted; infinite where there is no
+    limit; Args as in `own_groups`."""
+    return min(_room(folder, *FILES[version]) for folder, version in own_groups("memory", root, own))
+
+
+def _room(group: Path, limit: str, usage: str, idle: str) -> float:
     try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit == "max":
+        most = (group / limit).read_text().strip()
+        if most == "max":
             return math.inf
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(limit) - int((group / "memory.current").read_text()) + int(stat.get("inactive_file", 0))
+        return int(most) - int((group / usage).read_text()) + int(stat.get(idle, 0))
     except (OSError, ValueError):
         return math.inf
 
