@@ -8,10 +8,12 @@ from pathlib import Path
 
 import psutil
 
+from rheoserve_sgl.ops.processors import processor_name
+
 
 def describe_machine() -> dict:
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "cpu_variant": _cpu_variant(),
@@ -19,13 +21,6 @@ def describe_machine() -> dict:
         "versions": {name: version(name) for name in ("rheoserve-sgl", "sglang", "torch")}
         | {"python": platform.python_version()},
     }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _cpu_variant() -> str:

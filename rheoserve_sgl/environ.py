@@ -2,6 +2,7 @@
 
 RHEOSERVE_CPU_VARIANT           force a CPU kernel variant (`amx`, `avx512_bf16`, `avx512`, `avx2`, `neon_bf16`,
                                 `neon`, `scalar`)
+RHEOSERVE_CACHE                 folder for what was learnt about this machine's speed (`~/.cache/rheoserve`), or `off`
 RHEOSERVE_TEST_RANDOM_EXCHANGE  tests only: an integer seed; every step moves a random set of blocks
 RHEOSERVE_TEST_ANSWER_SECONDS   tests only: how long a GPU waits for the CPU's attention
 RHEOSERVE_TEST_FAULT            tests only: `host` or `frame`; the canary first changes a bit there itself
@@ -13,11 +14,21 @@ And one that it sets, unless it is set: OMP_WAIT_POLICY, where there is no accel
 
 import os
 import sys
+from pathlib import Path
 
 
 def cpu_variant() -> str:
     """The forced kernel variant, or "" for the best that runs here (checked by ops/workers.py)."""
     return os.environ.get("RHEOSERVE_CPU_VARIANT", "")
+
+
+def cache_folder() -> Path | None:
+    """Where the latency model's numbers are kept; None: nowhere."""
+    text = os.environ.get("RHEOSERVE_CACHE", "") or "~/.cache/rheoserve"
+    try:
+        return None if text == "off" else Path(text).expanduser()
+    except RuntimeError:  # nobody's home is known
+        return None
 
 
 def random_exchange_seed() -> int | None:

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["RHEOSERVE_CACHE"] = "off"  # no test depends on what ran before it
 
 import pytest
 from serving import Checkpoints, Server, rheo_server

@@ -1,16 +1,21 @@
-"""The rates that a latency model starts from, measured when a server starts."""
+"""The rates that a latency model starts from, measured when a server starts on a machine for the first time."""
 
 import logging
 import time
+from importlib.metadata import version
 
 import torch
+from sglang.srt.distributed import get_world_group
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.ops.attention import attend_cpu
 from rheoserve_sgl.ops.gpu.timing import fastest
 from rheoserve_sgl.ops.plan import Visit
-from rheoserve_sgl.runtime.latency_model import LatencyModel, Rates
+from rheoserve_sgl.ops.processors import processor_name
+from rheoserve_sgl.ops.workers import cpu_variant
+from rheoserve_sgl.runtime.latency_cache import LatencyCache
+from rheoserve_sgl.runtime.latency_model import PRIOR, TERMS, LatencyModel, Rates
 from rheoserve_sgl.runtime.ranks import smallest
 
 logger = logging.getLogger(__name__)
@@ -19,26 +24,54 @@ REPEATS = 3
 
 
 def calibrate(pool: TwoTierKVPool, model: torch.nn.Module, group: int) -> LatencyModel:
-    """Measure the rates of all ranks, each on blocks of its own pool; all get the slowest, so that they predict alike.
+    """Measure the rates of all ranks, each on blocks of its own pool, or take those of an earlier start; all ranks get
+    the slowest, so that they predict alike.
 
     Args:
         group: query heads to a KV head
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    rates = measure_rates(
-        pool.host.blocks(0),
-        pool.head_num,
-        group,
-        pool.threads,
-        pool.frames.layers[0] if pool.importance.is_cuda else None,
-    )
-    device, host, least = smallest([rates.device, rates.host, -float(weights)])
-    rates, weights = Rates(device, host, rates.beside), int(-least)
+    own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = int(-smallest([-float(own)])[0])
+    on_gpu, cache = pool.importance.is_cuda, LatencyCache.of(**facts_of(pool, weights, group))
+    found, source = cache.read(len(TERMS)), f"from {cache.path}"
+    learnt = found is not None and found[2] is not None
+    known, resumes = smallest([float(found is not None), float(learnt)])
+    if not known:
+        logger.info("RheoServe: measuring what the device and the CPU's attention read in a second")
+        frames = pool.frames.layers[0] if on_gpu else None
+        rates = measure_rates(pool.host.blocks(0), pool.head_num, group, pool.threads, frames)
+        found, source = (rates.device, rates.host, None), "measured"
+    device, host, factors = found
+    device, host, *factors = smallest([device, host, *(PRIOR if factors is None else factors)])
+    first = get_world_group().rank_in_group == 0
+    latency = LatencyModel(Rates(device, host, beside=on_gpu), weights, cache if first else None)
+    if resumes:
+        latency.resume(factors)
+    latency.keep()
     logger.info(
-        "RheoServe: the device reads %.0f GB/s, the CPU's attention %.1f GB/s; weights %.2f GB",
-        *(value / 1e9 for value in (rates.device, rates.host, weights)),
+        "RheoServe: the device reads %.0f GB/s, the CPU's attention %.1f GB/s (%s); weights %.2f GB",
+        device / 1e9,
+        host / 1e9,
+        source,
+        weights / 1e9,
     )
-    return LatencyModel(rates, weights)
+    return latency
+
+
+def facts_of(pool: TwoTierKVPool, weights: int, group: int) -> dict:
+    """What a step's time depends on beside its load."""
+    config = pool.config
+    return {
+        "version": version("rheoserve-sgl"),
+        "cpu": processor_name(),
+        "variant": cpu_variant(),
+        "threads": pool.threads,
+        "gpu": torch.cuda.get_device_name() if pool.importance.is_cuda else "none",
+        "ranks": get_world_group().world_size,
+        "weights": weights,
+        "kv": (pool.layer_num, pool.head_num, pool.head_dim, group, pool.dtype),
+        "attends": (config.mode, config.device_attention, config.selector),
+    }
 
 
 def measure_rates(host: torch.Tensor, kv_heads: int, group: int, threads: int, frames: torch.Tensor | None) -> Rates:

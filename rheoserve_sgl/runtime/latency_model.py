@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rheoserve_sgl.runtime.latency_cache import LatencyCache
+
 FIXED_SECONDS = 0.002  # of a step, beside reading the weights
 TERMS = ("fixed", "requests", "resident", "scored", "exposed")
 PRIOR = np.array([1.0, 1.0, 1.0, 3.0, 1.0])
 SPREAD = np.array([1.0, 3.0, 0.3, 3.0, 0.7])  # standard deviations of the prior
 REQUEST_SECONDS = 0.0001
+AGED = 0.3  # of the prior's spread: how far factors of an earlier start may be off
 LEAST = 0.1  # of the prior: by a smaller factor nothing drifts less than by this one
+KEPT_EVERY = 32  # windows
 NOISE, DRIFT = 0.02, 0.01  # of a measurement; of each factor, from window to window
 
 
@@ -44,14 +48,21 @@ class LatencyModel:
     Args:
         rates: measured at start-up
         weight_bytes: of the model, read at every step
+        cache: where what is known is kept for the next start
     """
 
-    def __init__(self, rates: Rates, weight_bytes: int):
-        self.rates = rates
+    def __init__(self, rates: Rates, weight_bytes: int, cache: LatencyCache | None = None):
+        self.rates, self._cache = rates, cache
+        self._learnt = False  # whether the factors are more than the prior
         self._fixed = FIXED_SECONDS + weight_bytes / rates.device
         self.factors = PRIOR.copy()
         self._covariance = np.diag(SPREAD**2)
         self.windows = 0
+
+    def resume(self, factors: list[float]):
+        """Go on from what was learnt at an earlier start."""
+        self.factors, self._learnt = np.array(factors), True
+        self._covariance = np.diag((AGED * SPREAD) ** 2)
 
     def terms(self, load: StepLoad) -> np.ndarray:
         """Seconds of each term before its factor, in the order of TERMS."""
@@ -74,3 +85,12 @@ class LatencyModel:
         self.factors = np.maximum(self.factors + gain * (seconds - terms @ self.factors), 0.0)
         self._covariance -= np.outer(gain, towards)
         self.windows += 1
+        if self.windows % KEPT_EVERY == 0:
+            self._learnt = True
+            self.keep()
+
+    def keep(self):
+        """For the next start."""
+        if self._cache is not None:
+            factors = self.factors.tolist() if self._learnt else None
+            self._cache.write(self.rates.device, self.rates.host, factors)
