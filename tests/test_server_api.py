@@ -94,6 +94,7 @@ def test_an_answer_tells_what_was_attended_to_when_asked(full):
         assert report["selected_blocks"] == 8 * pages == report["device_blocks"] + report["host_blocks"]
         assert 0 < report["host_share"] < 1
         assert report["hit_rate"] == pytest.approx(1 - report["host_blocks"] / report["selected_blocks"])
+        assert report["waited_seconds"] >= 0 and report["pauses"] == 0
     after = full.rheo()
     blocks = after["host_blocks"] - before["host_blocks"]
     assert reports[0]["host_blocks"] + reports[1]["host_blocks"] <= blocks

@@ -6,7 +6,7 @@ import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.observe import question
-from rheoserve_sgl.runtime.transaction import requests_by_state
+from rheoserve_sgl.runtime.transaction import logical_pages, requests_by_state
 
 logger = logging.getLogger(__name__)
 COLUMNS = 256  # of a map, at most: longer sequences have several blocks to a column
@@ -59,8 +59,7 @@ def block_map(scheduler, pool: TwoTierKVPool, request, layer: int, head: int) ->
     resident: 0 to 255, how many of a column's blocks are resident
     """
     layer, head = min(layer, pool.layer_num - 1), min(head, pool.head_num - 1)
-    tokens = scheduler.req_to_token_pool.req_to_token[request.req_pool_idx, : request.kv.kv_allocated_len]
-    pages = (tokens[:: pool.page_size] // pool.page_size).long()
+    pages = logical_pages(scheduler, request)
     weight = pool.importance[layer, pages, head] / pool.coordinator.weight / WEIGHT_RANGE
     resident = (pool.residency.frame_of[layer, pages, head] >= 0).float()
     wide = max(-(-len(pages) // COLUMNS), 1)

@@ -6,6 +6,9 @@ It lives on SGLang's Req, so that it goes where the request goes: into a retract
 import time
 from collections import Counter
 
+import torch
+
+from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.runtime.batch import pages_of
 
 RECENT = 0.25  # weight of the newest window in the mean of a working set
@@ -22,6 +25,7 @@ class Transaction:
     measured: its working set, in pages for each KV head, the mean of the last windows; 0.0: not yet measured
     need: pages of frames that each KV head of a layer needs for it, as estimated last
     kept: the coordinator's Kept, while it waits
+    coming: decode steps of others in which it had its room, while its blocks came into frames for it to join
     waited: seconds it has waited, the present wait not included
     pauses: times it had to wait after it had decoded
     """
@@ -32,6 +36,7 @@ class Transaction:
         self.limit, self.need = 0, 0.0
         self.steps, self.measured = 0, 0.0
         self.kept = None
+        self.coming = 0
         self.waited = 0.0
         self.pauses = 0
         self.since = time.monotonic()
@@ -66,8 +71,9 @@ def leave(request):
     """A request loses its pages, for good or to come back with others."""
     if hasattr(request, "rheoserve"):
         one = request.rheoserve
+        one.waited = one.waiting_seconds()
         one.state, one.since, one.kept = "waiting", time.monotonic(), None
-        one.steps, one.measured = 0, 0.0
+        one.steps, one.coming, one.measured = 0, 0, 0.0
 
 
 def requests_by_state(scheduler) -> list[tuple[str, object]]:
@@ -93,26 +99,56 @@ def count_by_state(found: list[tuple[str, object]]) -> dict[str, int]:
 
 
 def describe(scheduler, most: int = 100) -> dict:
-    """Transactions by state, and the prefilled ones one by one, for `/server_info`.
+    """Transactions by state, and one by one, for `/server_info`.
 
     Args:
         scheduler: SGLang's Scheduler
-        most: that are listed
+        most: that are listed of those that were prefilled, and of the others
     """
     found = requests_by_state(scheduler)
-    prefilled = [(request, Transaction.of(request)) for state, request in found if state in ("decoding", "waiting")]
-    listed = [
-        {
-            "rid": request.rid,
-            "state": one.state,
-            "tokens": len(request.origin_input_ids) + len(request.output_ids),
-            "most_tokens": len(request.origin_input_ids) + request.sampling_params.max_new_tokens,
-            "pages": pages_of(len(request.origin_input_ids) + len(request.output_ids)),
-            "budget_pages": one.limit or None,  # None: it has not decoded yet, or attends to all
-            "working_set_pages": round(one.need, 1),
-            "waited_seconds": round(one.waiting_seconds(), 3),
-            "pauses": one.pauses,
-        }
-        for request, one in prefilled[:most]
-    ]
-    return {**count_by_state(found), "prefilled": listed}
+    prefilled = [request for state, request in found if state in ("decoding", "waiting")][:most]
+    others = [(state, request) for state, request in found if state in ("prefilling", "registered")][:most]
+    return {
+        **count_by_state(found),
+        "prefilled": [
+            {**_size(request), "frames": frames, **_progress(Transaction.of(request))}
+            for request, frames in zip(prefilled, _frames(scheduler, prefilled), strict=True)
+        ],
+        "arriving": [
+            {**_size(request), "state": state, "prefilled_tokens": len(request.prefix_indices)}
+            for state, request in others
+        ],
+    }
+
+
+def _size(request) -> dict:
+    tokens = len(request.origin_input_ids) + len(request.output_ids)
+    return {
+        "rid": request.rid,
+        "tokens": tokens,
+        "most_tokens": len(request.origin_input_ids) + request.sampling_params.max_new_tokens,
+        "pages": pages_of(tokens),
+    }
+
+
+def _progress(one: Transaction) -> dict:
+    return {
+        "state": one.state,
+        "budget_pages": one.limit or None,  # None: it has not decoded yet, or attends to all
+        "working_set_pages": round(one.need, 1),
+        "waited_seconds": round(one.waiting_seconds(), 3),
+        "pauses": one.pauses,
+    }
+
+
+def _frames(scheduler, requests) -> list[int]:
+    """How many frames each has, over all layers and KV heads; those of a shared prefix count for each."""
+    frame_of = scheduler.token_to_kv_pool_allocator.get_kvcache().residency.frame_of
+    held = [(frame_of[:, logical_pages(scheduler, request)] >= 0).sum() for request in requests]
+    return torch.stack(held).tolist() if held else []
+
+
+def logical_pages(scheduler, request) -> torch.Tensor:
+    """A prefilled request's pages, `[n]` int64."""
+    table = scheduler.req_to_token_pool.req_to_token
+    return table[request.req_pool_idx, : request.kv.kv_allocated_len : PAGE_TOKENS].long() // PAGE_TOKENS
