@@ -153,7 +153,7 @@ class RheoServerArgs(ServerArgs):
     rheoserve_tpot_slo_ms: Annotated[
         float | None,
         "RheoServe: milliseconds that a token may take, on average: fewer requests decode at once, and more steps come "
-        "between two batches of a prefill, as far as the predicted step time asks for it.",
+        "between two batches of a prefill, which are smaller, as far as step times ask for it.",
         NS("schedule"),
     ] = None
 

@@ -30,7 +30,10 @@ def get_next_batch_to_run(original, scheduler, *args, **kwargs):
     part, runs = controller.slots.take(), plan.batch_to_run
     if part is not None and runs is plan.running_batch:
         plan.batch_to_run = part
-    controller.clock.launched(NOTHING if runs is None else PREFILL if runs.forward_mode.is_extend() else DECODE)
+    if runs is not None and runs.forward_mode.is_extend():
+        controller.clock.launched(PREFILL, runs.extend_num_tokens)
+    else:
+        controller.clock.launched(NOTHING if runs is None else DECODE)
     return plan
 
 
@@ -43,7 +46,13 @@ def get_new_batch_prefill(original, scheduler, running_batch):
         from sglang.srt.managers.schedule_batch import NextBatchPlan
 
         return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-    plan = original(scheduler, running_batch)
+    chunk = scheduler.chunked_prefill_size
+    if not running_batch.is_empty():
+        scheduler.chunked_prefill_size = controller.chunk_size()
+    try:
+        plan = original(scheduler, running_batch)
+    finally:
+        scheduler.chunked_prefill_size = chunk
     if plan.batch_to_run is not None:
         controller.prefilled()
     return plan

@@ -4,6 +4,7 @@ import time
 from collections import deque
 
 DECODE, PREFILL, NOTHING = "decode", "prefill", "nothing"
+SOME = 8  # steps tell what one takes on average
 BLEND = 0.3  # of a new measurement of a chunk in the running mean
 # An iteration counts as at most so many times the mean: the loop may be held up by something else, a paused server or
 # new weights.
@@ -15,20 +16,25 @@ class StepClock:
     before; without it, for the batch itself.
 
     steps, seconds: decode steps since `restart`, and what they took
-    chunk_seconds: of a batch of a prefill, a running mean; 0.0 before the first
+    chunks: batches of a prefill that were timed
+    chunk_seconds, chunk_tokens: of one, running means; 0.0 before the first
+
+    Args:
+        least: tokens of a prefill that tell something about larger ones
     """
 
-    def __init__(self, overlap: bool, now=time.perf_counter):
-        self._lag, self._now = 2 if overlap else 1, now
+    def __init__(self, overlap: bool, now=time.perf_counter, least: int = 0):
+        self._lag, self._now, self._least = 2 if overlap else 1, now, least
         self._launched: deque[str] = deque(maxlen=self._lag)
+        self._tokens: deque[int] = deque(maxlen=self._lag)  # of those batches
         self._began = None
-        self.chunk_seconds = self._usual = 0.0
+        self.chunks, self.chunk_seconds, self.chunk_tokens, self._usual = 0, 0.0, 0.0, 0.0
         self.steps, self.seconds = 0, 0.0
         self.restart()
 
     def restart(self):
         """Other requests decode from now on."""
-        self._usual = self.step_seconds or self._usual
+        self._usual = self.usual_seconds
         self.steps, self.seconds = 0, 0.0
         self._skip = self._lag
 
@@ -38,20 +44,37 @@ class StepClock:
         before, self._began = self._began, now
         if before is None or len(self._launched) < self._lag or NOTHING in self._launched:
             return
-        took, mean = now - before, self.chunk_seconds
+        took = now - before
         if self._launched[0] == PREFILL:
-            self.chunk_seconds = mean + BLEND * (min(took, FAR_OFF * mean) - mean) if mean else took
+            if self._tokens[0] >= self._least:
+                self._learn_chunk(took, self._tokens[0])
         elif self._skip:
             self._skip -= 1
         elif PREFILL not in self._launched:
-            usual = self.step_seconds or self._usual
+            usual = self.usual_seconds
             self.steps, self.seconds = self.steps + 1, self.seconds + (min(took, FAR_OFF * usual) if usual else took)
 
-    def launched(self, what: str):
-        """The iteration launches a batch."""
+    def _learn_chunk(self, took: float, tokens: int):
+        self.chunks += 1
+        blend, mean = BLEND, self.chunk_seconds
+        if mean:
+            took = min(took, FAR_OFF * mean * max(tokens / self.chunk_tokens, 1.0))
+        else:
+            blend = 1.0
+        self.chunk_seconds += blend * (took - mean)
+        self.chunk_tokens += blend * (tokens - self.chunk_tokens)
+
+    def launched(self, what: str, tokens: int = 0):
+        """The iteration launches a batch, of a prefill of so many tokens."""
         self._launched.append(what)
+        self._tokens.append(tokens)
 
     @property
     def step_seconds(self) -> float:
         """Of a decode step since `restart`, on average; 0.0 before the first."""
         return self.seconds / self.steps if self.steps else 0.0
+
+    @property
+    def usual_seconds(self) -> float:
+        """Of a decode step, as far as is known: since `restart`, or before it while there were few since."""
+        return self._usual if self.steps < SOME and self._usual else self.step_seconds
