@@ -38,3 +38,42 @@ def refresh_keys(pool, layer: int, pages: torch.Tensor, filled: torch.Tensor):
     """Gate keys of pages `[n]` of one layer, with `[n]` valid tokens each, from the host store."""
     filled = filled.to(torch.int32)
     pool_keys(pool.gate, pool.host.layers[layer], pages, filled, pool.quick.layers[layer], pool.threads)
+
+
+class SlowLane:
+    """Blocks that move while other things happen: for a CPU, what the coordinator's lane is on a GPU."""
+
+    def __init__(self, pool):
+        self.pool, self.moves, self.copied, self.more = pool, None, False, None
+        self.short = self.still = self.unseen = self.fails = False
+
+    @property
+    def busy(self):
+        return self.moves is not None
+
+    def start(self, moves, more=None, short=False):
+        assert not self.busy
+        if self.fails:
+            self.pool.residency.cancel(moves)
+            raise RuntimeError("no memory")
+        self.moves, self.copied, self.more, self.short = moves, False, more, short
+
+    def copy(self):
+        if self.busy and not self.copied:
+            self.pool.fill(self.moves, beside=True)
+            self.copied = True
+
+    def hurry(self):
+        self.short = True
+
+    def finish(self):
+        if self.still or (self.unseen and not self.short):
+            return False
+        self.unseen = False
+        if self.busy and self.short:
+            self.copy()
+        if self.busy and self.copied:
+            self.pool.residency.admit(self.moves)
+            self.moves = None
+            return bool(self.more)
+        return False

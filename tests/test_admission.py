@@ -1,6 +1,7 @@
 """Who decodes: the rules by themselves, over random histories."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -47,6 +48,28 @@ def test_nobody_waits_for_those_that_came_later(older, newer, capacity, group, p
             assert first == [row for row in rows if row < len(older)]
         else:
             assert set(first) <= set(rows)
+
+
+@given(CANDIDATES, st.floats(1, 500), st.data())
+def test_what_is_not_loaded_yet_joins_later_if_others_decode_meanwhile(candidates, capacity, data):
+    everybody, some = Admission(capacity, 0.25), Admission(capacity, 0.25)
+    rows = everybody.choose(candidates, more_coming=False)
+    assert not everybody.coming
+    late = data.draw(st.sets(st.sampled_from(range(len(candidates)))))
+    now = some.choose([replace(one, loaded=row not in late) for row, one in enumerate(candidates)], False)
+    assert sorted(now + some.coming) == rows  # its room is kept for it
+    assert all(row in late and not candidates[row].decodes and not candidates[row].ends for row in some.coming)
+    assert not some.coming or any(not candidates[row].ends for row in now)
+
+
+def test_loading_and_waiting_for_a_group_go_on_together():
+    admission = Admission(100, 0.25, group=2, patience=3)
+    late = [*decoding(10), Candidate(10, decodes=False, loaded=False)]
+    ready = decoding(10) + waiting(10)
+    seen = [(admission.choose(one, more_coming=True), admission.coming) for one in (late, late, ready, ready)]
+    assert seen == [([0], [1]), ([0], [1]), ([0], [1]), ([0, 1], [])]
+    seen = [admission.choose(late, more_coming=True) for _ in range(5)] + [admission.choose(ready, True)]
+    assert seen == [[0]] * 5 + [[0, 1]]  # its patience was at its end
 
 
 @pytest.mark.parametrize(

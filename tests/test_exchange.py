@@ -77,6 +77,17 @@ def test_a_resident_block_is_not_evicted_for_an_equal_one():
     assert wanted[0, :, 0].tolist() == [False, False, True, False]
 
 
+def test_heads_that_share_frames_have_as_many_as_they_need():
+    worth = torch.tensor([[9.0, 2.0, 1.0, 0.0], [9.0, 5.0, 4.0, 3.0]])[None, None]
+    pages, two = torch.tensor([[1, 2, 3, 4]]), torch.tensor([2])
+    wanted = wanted_blocks(worth, pages, two, 5, 9)[0]
+    assert [torch.nonzero(wanted[:, head])[:, 0].tolist() for head in (0, 1)] == [[1, 2], [1, 2]]
+    wanted = wanted_blocks(worth, pages, two, 5, 9, joint=True)[0]
+    assert [torch.nonzero(wanted[:, head])[:, 0].tolist() for head in (0, 1)] == [[1], [1, 2, 3]]
+    worth[..., 1:] = -torch.inf  # must not have a frame
+    assert int(wanted_blocks(worth, pages, two, 5, 9, joint=True).sum()) == 2
+
+
 def test_no_share_wants_nothing():
     worth = torch.rand(2, 1, 1, 3)
     assert not wanted_blocks(worth, torch.tensor([[1, 2, 3]]), torch.tensor([0]), 4, 0).any()

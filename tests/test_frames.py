@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
+from hypothesis import given
+from hypothesis import strategies as st
+from pools import DIM, HEADS, LAYERS, SlowLane, make_pool, refresh_keys
 
 from rheoserve_sgl.coordinator.working_set import UNKNOWN, WorkingSets
 from rheoserve_sgl.runtime.batch import Batch
@@ -60,6 +62,82 @@ def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_un
     pool.coordinator.page_freed(torch.arange(10, 17))
     pool.coordinator.settle()
     assert pool.residency.used == 0
+
+
+def test_what_matters_of_a_request_that_joins_soon_comes_into_frames_before_it_does():
+    pool, _ = make_pool(64 * 30, 64 * 8, exchange_interval=1000, window_tokens=64)
+    held = hold(pool, [])
+    first = stored_request(pool, list(range(1, 9)), 0)
+    held += range(1, 9)
+    stored_request(pool, list(range(11, 19)), 1)  # finds no free frame
+    held += range(11, 19)
+    pool.importance[:, 12:14] = 1.0
+    pool.coordinator.begin_decode(lambda: first)
+    assert resident(pool, held) == list(range(1, 9))
+    pool.coordinator.coming = lambda: [torch.arange(11, 19)]
+    pool.coordinator.batch_changed()
+    pool.coordinator.begin_decode(lambda: first)
+    # Frames are shared as if it decoded: its first and last two pages are forced, and one of the two others matters.
+    assert len(resident(pool, range(1, 9))) == 4
+    assert resident(pool, range(11, 19)) in ([11, 12, 17, 18], [11, 13, 17, 18])
+    moved, there = int(pool.moved), resident(pool, held)
+    pool.coordinator.coming = list
+    pool.coordinator.batch_changed()
+    both = torch.zeros(2, 64 * 8, dtype=torch.int32)
+    for row, pages in enumerate((range(1, 9), range(11, 19))):
+        both[row] = (torch.tensor(list(pages))[:, None] * 64 + torch.arange(64)).flatten()
+    joined = Batch.build(both, torch.arange(2), torch.tensor([512, 512]), 512, 1, 1)
+    pool.coordinator.begin_decode(lambda: joined)
+    assert resident(pool, held) == there and int(pool.moved) == moved
+
+
+def test_a_request_that_joins_before_its_blocks_are_seen_to_have_come_has_what_it_wrote_meanwhile():
+    pool, _ = make_pool(64 * 30, 64 * 8, exchange_interval=1000, window_tokens=64)
+    lane = pool.coordinator.lane = SlowLane(pool)
+    held = hold(pool, [])
+    first = stored_request(pool, list(range(1, 9)), 0)
+    held += range(1, 9)
+    stored_request(pool, list(range(11, 19)), 1)
+    held += range(11, 19)
+    pool.coordinator.begin_decode(lambda: first)
+    lane.copy()
+    pool.coordinator.coming, pool.coordinator.expecting = lambda: [torch.arange(11, 19)], True
+    pool.coordinator.batch_changed()
+    for _ in range(2):
+        pool.coordinator.begin_decode(lambda: first)
+        if lane.busy:
+            break
+    lane.copy()
+    lane.unseen = True
+    table = torch.zeros(2, 64 * 8, dtype=torch.int32)
+    for row, pages in enumerate((range(1, 9), range(11, 19))):
+        table[row] = (torch.tensor(list(pages))[:, None] * 64 + torch.arange(64)).flatten()
+    joined = Batch.build(table, torch.arange(2), torch.tensor([512, 510]), 512, 1, 1)
+    pool.coordinator.coming, pool.coordinator.expecting = list, False
+    pool.coordinator.begin_decode(lambda: joined)
+    assert lane.busy
+    where = torch.tensor([18 * 64 + 61])  # its 510th token
+    for layer in range(LAYERS):
+        pool.write(layer, where, *torch.randn(2, 1, HEADS, DIM))
+    lane.unseen = False
+    pool.coordinator.begin_decode(lambda: joined)
+    frame_of = pool.residency.frame_of[:, 18]
+    assert (frame_of >= 0).all()
+    for layer in range(LAYERS):
+        assert torch.equal(pool.frames.layers[layer][frame_of[layer].long()], pool.host.layers[layer][18])
+
+
+@given(own=st.lists(st.integers(1, 9), min_size=1, max_size=3), others=st.lists(st.integers(1, 9), max_size=3))
+def test_rows_beside_a_batch_are_those_of_a_larger_batch(own, others):
+    lens = torch.tensor([*own, *others]) * 64 - 5
+    table = (torch.randperm(20)[: len(lens)] + 1)[:, None] * 1024 + torch.arange(64 * 9)
+    whole, part = (
+        Batch.build(table.int(), torch.arange(n), lens[:n], int(lens[:n].max()), 1, 2) for n in (len(lens), len(own))
+    )
+    pages = [row[:count].clone() for row, count in zip(whole.pages[len(own) :], others, strict=True)]
+    rows = part.beside(pages, 1, 2)
+    for name in ("pages", "n_pages", "valid", "forced"):
+        assert torch.equal(getattr(rows, name), getattr(whole, name)), name
 
 
 def test_what_was_used_last_keeps_its_frames_longest_and_the_first_of_those_that_wait():

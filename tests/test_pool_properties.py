@@ -16,48 +16,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from pools import DIM, HEADS, LAYERS, make_pool, refresh_keys
+from pools import DIM, HEADS, LAYERS, SlowLane, make_pool, refresh_keys
 
 from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED
 from rheoserve_sgl.runtime.batch import Batch
 
 TOKENS, DEVICE_TOKENS, CONTEXT, SLOTS = 64 * 24, 64 * 6, 64 * 10, 6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-class SlowLane:
-    """Blocks that move while other things happen: for a CPU, what the coordinator's lane is on a GPU."""
-
-    def __init__(self, pool):
-        self.pool, self.moves, self.copied, self.more = pool, None, False, None
-        self.short = self.still = self.fails = False
-
-    @property
-    def busy(self):
-        return self.moves is not None
-
-    def start(self, moves, more=None, short=False):
-        assert not self.busy
-        if self.fails:
-            self.pool.residency.cancel(moves)
-            raise RuntimeError("no memory")
-        self.moves, self.copied, self.more, self.short = moves, False, more, short
-
-    def copy(self):
-        if self.busy and not self.copied:
-            self.pool.fill(self.moves, beside=True)
-            self.copied = True
-
-    def finish(self):
-        if self.still:
-            return False
-        if self.busy and self.short:
-            self.copy()
-        if self.busy and self.copied:
-            self.pool.residency.admit(self.moves)
-            self.moves = None
-            return bool(self.more)
-        return False
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -113,8 +78,8 @@ class PoolMachine(RuleBasedStateMachine):
         for layer in range(LAYERS):
             refresh_keys(self.pool, layer, pages, filled)
 
-    def batch(self):
-        slots = sorted(self.lens)
+    def batch(self, slots=None):
+        slots = slots or sorted(self.lens)
         lens = self.tensor([self.lens[slot] for slot in slots])
         config = self.pool.config
         return Batch.build(
@@ -154,9 +119,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.store(loc)
 
     @precondition(lambda self: self.lens)
-    @rule()
-    def decode(self):
-        slots = sorted(s for s in self.lens if self.lens[s] < CONTEXT)
+    @rule(coming=st.sets(st.integers(0, SLOTS - 1)))
+    def decode(self, coming=()):
+        """Some requests wait, and join soon; the others decode."""
+        coming = [slot for slot in coming if slot in self.lens]
+        self.pool.coordinator.coming = lambda: [
+            self.tensor(self.pages(slot, (self.lens[slot] + 63) // 64)) for slot in coming
+        ]
+        slots = sorted(s for s in self.lens if self.lens[s] < CONTEXT and s not in coming)
         if not slots:
             return
         lens = self.tensor([self.lens[s] + 1 for s in slots])
@@ -167,7 +137,7 @@ class PoolMachine(RuleBasedStateMachine):
         for slot, at in zip(slots, loc.tolist(), strict=True):
             self.table[slot, self.lens[slot]] = at
             self.lens[slot] += 1
-        batch = self.batch()
+        batch = self.batch(slots)
         self.pool.coordinator.begin_decode(lambda: batch)
         self.pool.coordinator.swap(batch)
         self.store(loc)
@@ -215,11 +185,13 @@ class PoolMachine(RuleBasedStateMachine):
             lane.fails = False
         self.failed += coordinator.counts["exchanges_failed"] - failed
 
-    @rule()
-    def blocks_arrive(self):
-        """Copies beside the forward pass come to their end, at any time."""
-        if isinstance(self.pool.coordinator.lane, SlowLane):
-            self.pool.coordinator.lane.copy()
+    @rule(seen=st.booleans())
+    def blocks_arrive(self, seen):
+        """Copies beside the forward pass come to their end, at any time, and that is seen then or later."""
+        lane = self.pool.coordinator.lane
+        if isinstance(lane, SlowLane):
+            lane.copy()
+            lane.unseen = not seen
 
     @precondition(lambda self: self.lens)
     @rule(data=st.data())

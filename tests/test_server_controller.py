@@ -1,6 +1,7 @@
 """The runtime controller in a real server: some requests decode, others wait, and all get dense answers."""
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,28 @@ def test_a_long_prompt_does_not_stop_those_that_decode(server):
     assert heard[-1][1] == 400
     before, during = (max(tokens for at, tokens in heard if at < until) for until in (began, ended))
     assert during - before >= 8 * (12000 // 512 - 2)
+
+
+def test_chunks_become_small_where_tokens_must_not_take_long(checkpoints, tmp_path):
+    """No chunk is as fast as this objective asks for: after the first all have the least size."""
+    short, long = random_prompts(68, [40, 14000])
+    flags = ["--chunked-prefill-size", "4096", "--rheoserve-admission", "on", "--rheoserve-tpot-slo-ms", "1"]
+    with rheo_server(checkpoints.path(), [*flags, "--context-length", "16384"], tmp_path) as server:
+        sampling = {"temperature": 0, "max_new_tokens": 16000, "ignore_eos": True}
+        body = {"input_ids": short, "rid": "short", "sampling_params": sampling}
+        asking = threading.Thread(target=server.post, args=("/generate", body))
+        asking.start()
+        deadline = time.time() + 60
+        while server.rheo()["decode_steps"] < 20:
+            assert time.time() < deadline, "the short prompt does not decode"
+            time.sleep(0.05)
+        server.tokens([long], 1)
+        assert asking.is_alive()
+        server.post("/abort_request", {"rid": "short"})
+        asking.join(60)
+        sizes = [int(found) for found in re.findall(r"#new-token: (\d+)", server.log.read_text())]
+    chunks = sizes[sizes.index(4096) :]
+    assert sum(chunks) >= 14000 and chunks[:-1] == [4096] + [512] * (len(chunks) - 2)
 
 
 def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tmp_path):

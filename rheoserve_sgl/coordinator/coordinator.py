@@ -89,6 +89,10 @@ class Coordinator:
         self.attended = Attended(1, pool.device)  # the backend knows how many requests there can be
         self.working_sets: WorkingSets | None = None  # the backend's, too
         self.latency: LatencyModel | None = None  # likewise
+        # Gives the pages, `[n]` int64 each, of requests that join those that decode soon, and whether there are some;
+        # the runtime controller's.
+        self.coming: Callable[[], list[torch.Tensor]] = list
+        self.expecting = False
         self.load = dict.fromkeys(LOAD, 0)  # the runtime controller's figures
 
     def page_freed(self, pages: torch.Tensor):
@@ -141,6 +145,8 @@ class Coordinator:
         self._finish_copies()
         if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
             self._move(self._receive, (fresh, pages))
+        if self.lane is not None:
+            self.lane.hurry()  # a prefill takes longer than any copy
 
     def _receive(self, what: tuple[torch.Tensor, torch.Tensor]):
         """Frames for fresh pages of a prefill that has those pages: what is written to them needs no copy."""
@@ -196,7 +202,7 @@ class Coordinator:
         self.counts["decode_steps"] += 1
         self._fade()
         self._finish_copies()
-        self._fits = lens is not None and self._all_fit(lens)
+        self._fits = lens is not None and not self.expecting and self._all_fit(lens)
         periodic = self._steps % self.config.exchange_interval == 0
         self._due |= self._changed or self._random is not None or (periodic and (self._failed or not self._fits))
         self._due |= self._fits and bool((lens % PAGE_TOKENS == 1).any())  # a request starts a page
@@ -293,12 +299,13 @@ class Coordinator:
 
     def _exchange(self, make_batch: Callable[[], Batch]):
         pool, batch = self.pool, make_batch()
+        rows = batch.beside(self.coming(), self.config.sink_pages, self.config.window_pages)
         worth = rank_blocks(
             pool.importance,
             pool.residency.frame_of >= 0,
-            batch.pages,
-            batch.valid,
-            batch.forced,
+            rows.pages,
+            rows.valid,
+            rows.forced,
             ranks_by=self._ranking.ranks_by,
             forced_only=self._ranking.forced_only,
             # Where blocks swap at every step, an exchange shares frames out and fills them, and moves nothing in vain.
@@ -306,17 +313,20 @@ class Coordinator:
         )
         if self._random is not None:
             worth = self._shuffle(worth)
-        shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
-        wanted = wanted_blocks(worth, batch.pages, shares, pool.host.pages, pool.frame_count // pool.head_num)
+        shares = equal_shares(rows.n_pages, pool.frame_count // pool.head_num)
+        # By a threshold heads select from few to many blocks; by a budget each as many as the others (docs/LOG.md).
+        joint, capacity = self.config.threshold is not None, pool.frame_count // pool.head_num
+        wanted = wanted_blocks(worth, rows.pages, shares, pool.host.pages, capacity, joint)
         self.counts["exchanges"] += 1
-        wanted = self.idle.keep(wanted, batch.pages)
+        wanted = self.idle.keep(wanted, rows.pages)
         if self.lane is None:
             return pool.exchange(wanted, self._most)
         arriving = pool.let_go(wanted)
-        # The newest pages are written by every step: they move in its order, before it.
-        newest = torch.zeros(pool.host.pages, dtype=torch.bool, device=batch.newest.device)
-        newest.index_fill_(0, batch.newest, True)
-        pool.load(arriving & newest[:, None], len(batch.newest) * pool.head_num)
+        # The newest pages are written by every step, those of a request that joins as soon as it does: they move in the
+        # step's order, before it. A copy beside it would be admitted without what was written meanwhile.
+        ends = rows.pages.gather(1, rows.n_pages[:, None].long() - 1)[:, 0]
+        newest = torch.zeros(pool.host.pages, dtype=torch.bool, device=ends.device).index_fill_(0, ends, True)
+        pool.load(arriving & newest[:, None], len(ends) * pool.head_num)
         others = arriving & ~newest[:, None]
         more = (others.flatten(1).sum(1) > self._most).any()
         self.lane.start(pool.residency.reserve(others, self._most), more)

@@ -61,25 +61,30 @@ def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_
     return worth.masked_fill(~keep[None, ..., None], -torch.inf).transpose(2, 3)
 
 
-def wanted_blocks(worth, pages, shares, all_pages: int, capacity: int):
+def wanted_blocks(worth, pages, shares, all_pages: int, capacity: int, joint: bool = False):
     """The blocks that should be resident: the best `shares` of each (layer, request, head).
 
     Args:
         worth: `[layers, batch, kv_heads, max_pages]`
         pages: `[batch, max_pages]`
         shares: `[batch]`, each at most `capacity`
+        joint: whether the heads of a layer and request share its frames by worth, instead of having equally many
 
     Returns:
         `[layers, all_pages, kv_heads]` bool
     """
     layers, batch, kv_heads, max_pages = worth.shape
-    most = min(capacity, max_pages)
     wanted = torch.zeros((layers, all_pages * kv_heads), dtype=torch.bool, device=worth.device)
+    head = torch.arange(kv_heads, device=worth.device)
+    blocks = (pages[:, None] * kv_heads + head[:, None]).expand(layers, -1, -1, -1)
+    most = min(capacity, max_pages)
+    if joint:
+        worth, blocks = worth.flatten(2)[:, :, None], blocks.flatten(2)[:, :, None]
+        most, shares = most * kv_heads, shares * kv_heads
     best, at = torch.topk(worth, most, dim=3)
     rank = torch.arange(most, device=worth.device)
     take = (rank < shares[:, None])[None, :, None] & (best > -torch.inf)
-    page = pages[None, :, None].expand(layers, -1, kv_heads, -1).gather(3, at)
-    block = page * kv_heads + torch.arange(kv_heads, device=worth.device)[:, None]
+    block = blocks.gather(3, at)
     # What is not taken marks block 0, which is nobody's.
     wanted.scatter_(1, torch.where(take, block, 0).flatten(1), True)
     wanted[:, :kv_heads] = False

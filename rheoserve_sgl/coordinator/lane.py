@@ -51,6 +51,10 @@ class Lane:
             self._moves = None
             raise
 
+    def hurry(self):
+        """What runs now takes longer than the copies: what comes after it waits in stream order for their rest."""
+        self._short = True
+
     def finish(self) -> bool:
         """Admit what was copied, if all of it was; does not wait. Returns whether other blocks wait for their turn.
 

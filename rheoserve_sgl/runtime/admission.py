@@ -23,11 +23,13 @@ class Candidate:
     need: pages of frames that each KV head of a layer needs for it
     decodes: whether it took part in the last step
     ends: whether it was aborted, so that one more step ends it
+    loaded: whether what matters of it had time to come into frames
     """
 
     need: float
     decodes: bool
     ends: bool = False
+    loaded: bool = True
 
 
 class Admission:
@@ -50,6 +52,7 @@ class Admission:
         self._calm = self._windows = self._idle = 0
         self._stopped = False
         self._waited = 0
+        self.coming: list[int] = []  # rows that have their room, but did not join at the last choice
 
     def choose(
         self, candidates: Sequence[Candidate], more_coming: bool, allows: Callable[[int], bool] = lambda row: True
@@ -57,7 +60,8 @@ class Admission:
         """The rows that decode next, in order: by age each that fits beside older ones, at least one, and all that end.
 
         A request has its room before any newer one is looked at: none waits for those that came later. One that has to
-        wait leaves its room to newer ones that need less, and takes it back when it fits.
+        wait leaves its room to newer ones that need less, and takes it back when it fits. While others decode, one that
+        has room joins when it is loaded.
 
         Args:
             candidates: oldest first
@@ -77,9 +81,15 @@ class Admission:
                 total += one.need
                 (stay if one.decodes else join).append(row)
         if stay and join and join[0] > newest and more_coming and self._may_wait(len(join)):
+            self.coming = join
             return sorted(end + stay)
-        self._waited = 0
-        return sorted(end + stay + join)
+        ready = [row for row in join if candidates[row].loaded]
+        if not stay and not ready:
+            ready = join  # nothing would decode meanwhile
+        self.coming = [row for row in join if row not in ready]
+        if ready or not join:
+            self._waited = 0
+        return sorted(end + stay + ready)
 
     def _may_wait(self, joining: int) -> bool:
         """Whether so many, all newer than whatever decodes, wait one more step for others to join with."""

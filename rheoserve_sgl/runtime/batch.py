@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from rheoserve_sgl import PAGE_TOKENS
 
@@ -10,6 +11,16 @@ from rheoserve_sgl import PAGE_TOKENS
 def pages_of(tokens):
     """Pages of so many tokens, a number or a tensor."""
     return (tokens + PAGE_TOKENS - 1) // PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The pages of some requests, as an exchange sees them: fields as in Batch."""
+
+    pages: torch.Tensor
+    n_pages: torch.Tensor
+    valid: torch.Tensor
+    forced: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Batch:
         at = torch.arange(width, device=req_to_token.device)
         valid = at < n_pages[:, None]
         newest = n_pages[:, None] - 1
-        forced = ((at < sink_pages) | (at >= newest - window_pages)) & valid
+        forced = forced_pages(at, n_pages[:, None], sink_pages, window_pages) & valid
         first_tokens = req_to_token[requests, : width * PAGE_TOKENS : PAGE_TOKENS].long()
         pages = torch.where(valid, first_tokens // PAGE_TOKENS, 0).contiguous()
         return cls(
@@ -59,3 +70,26 @@ class Batch:
             forced=forced,
             newest=pages.gather(1, newest)[:, 0],
         )
+
+    def beside(self, others: list[torch.Tensor], sink_pages: int, window_pages: int) -> Rows:
+        """This batch's pages, and below them other requests', `[n]` int64 each."""
+        if not others:
+            return Rows(self.pages, self.n_pages, self.valid, self.forced)
+        rows = [pages[None] for pages in others]
+        width = max(one.shape[1] for one in (self.pages, *rows))
+        at = torch.arange(width, device=self.pages.device)
+        # (Filled on the device: nothing here waits for a GPU.)
+        counts = [torch.full_like(self.n_pages[:1], len(pages)) for pages in others]
+        n_pages = torch.cat([self.n_pages, *counts])
+        valid = at < n_pages[:, None]
+        return Rows(
+            pages=torch.cat([pad(one, (0, width - one.shape[1])) for one in (self.pages, *rows)]),
+            n_pages=n_pages,
+            valid=valid,
+            forced=forced_pages(at, n_pages[:, None], sink_pages, window_pages) & valid,
+        )
+
+
+def forced_pages(at: torch.Tensor, n_pages: torch.Tensor, sink_pages: int, window_pages: int) -> torch.Tensor:
+    """Which places among so many pages are sink, window or the newest page, or behind it."""
+    return (at < sink_pages) | (at >= n_pages - 1 - window_pages)

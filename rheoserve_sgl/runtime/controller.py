@@ -14,10 +14,11 @@ from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.coordinator.working_set import UNKNOWN
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
+from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, Pace
 from rheoserve_sgl.runtime.ranks import largest
 from rheoserve_sgl.runtime.slots import Slots, divisible
 from rheoserve_sgl.runtime.step_clock import StepClock
-from rheoserve_sgl.runtime.transaction import Transaction
+from rheoserve_sgl.runtime.transaction import Transaction, logical_pages
 
 logger = logging.getLogger(__name__)
 LEARNING_STEPS = 16  # of a request: until then its working set is guessed
@@ -25,7 +26,9 @@ GUESS = 1.25  # of what it may select
 FEW = 8  # those that decode are so many times those that joined them, or the window tells nothing of misses
 RISE = 0.02  # of the share that is taken for missed, in a window in which requests joined
 TIMED_STEPS = 8  # a window has at least so many, or it teaches nothing about time
-MOST_BETWEEN = 64  # decode steps between two batches of a prefill, whatever the objective asks for
+# Decode steps of others from when a request has its room until it joins them, unless a prefill goes between: an
+# exchange that brings its blocks takes up to 40 ms.
+LOAD_STEPS = 4
 
 
 class Controller:
@@ -42,7 +45,11 @@ class Controller:
         config = pool.config
         self.scheduler, self._pool, self._config = scheduler, pool, config
         self._coordinator = pool.coordinator
-        self.slots, self.clock = Slots(), StepClock(scheduler.enable_overlap)
+        chunk = scheduler.chunked_prefill_size
+        self.slots = Slots()
+        # (On a CPU a batch has run when it is launched, whatever the schedule.)
+        overlap = scheduler.enable_overlap and pool.importance.is_cuda
+        self.clock = StepClock(overlap, least=min(chunk or LEAST_CHUNK, LEAST_CHUNK))
         self.admission = None
         # Where SGLang prepares batches for several ranks' experts at once, the whole batch is what it prepares.
         if config.admits(on_gpu=pool.importance.is_cuda) and not (
@@ -56,13 +63,21 @@ class Controller:
                 "takes --rheoserve-mode balanced, no --enable-mixed-chunk, and on a CPU --rheoserve-admission on"
             )
         self._coordinator.idle.held = self._held_pages
+        self._coordinator.coming = lambda: [
+            logical_pages(self.scheduler, one) for one in self._coming if one.req_pool_idx is not None
+        ]
+        objective = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1000
         # Mixed batches decode while they prefill.
-        self._between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
+        between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
+        self.pace = Pace(between, chunk, objective)
+        self._chunks = 0  # the pace has learnt from
         self._owed = 0  # decode steps before the next batch of a prefill
         self._measured = 0  # of the working sets' measurements, those taken in
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
         self._decoding: list = []
+        self._load_steps = 1 if self._coordinator.lane is None else LOAD_STEPS  # without a lane blocks come at once
+        self._coming: list = []  # requests that have their room, and join when their blocks had time to come
         self._ages = 0  # requests that were prefilled so far: the age of the next
         # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
         self._joined, self._changed, self._most = math.inf, True, 0
@@ -102,13 +117,27 @@ class Controller:
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
         return free - left >= page + batch.new_tokens_required_next_decode()
 
+    def chunk_size(self) -> int | None:
+        """Tokens of the next chunk beside those that decode; None: prompts are not cut."""
+        clock = self.clock
+        if self.pace.learns and clock.chunks != self._chunks:
+            self._chunks = clock.chunks
+            took = [clock.usual_seconds, clock.chunk_seconds, clock.chunk_tokens]
+            if self.scheduler.ps.tp_size > 1:  # they come here for the same chunk
+                took = largest(took, self.scheduler.tp_cpu_group)
+            self.pace.learn(*took)
+        return self.pace.chunk
+
     def prefilled(self):
         """A batch of a prefill is about to run."""
-        self._owed = self._between
+        self._owed = self.pace.between
+        for request in self._coming:  # it takes longer than their blocks do
+            Transaction.of(request).coming = self._load_steps
 
     def rest(self):
         """The last request has ended."""
         self._decoding, self._joined, self._changed = [], math.inf, True
+        self._expect([])
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 
     def prepare(self, batch):
@@ -119,29 +148,39 @@ class Controller:
         for request, one in zip(batch.reqs, known, strict=True):
             one.limit = self._pool.limits.of(request.req_pool_idx)
             one.need = min(one.measured or GUESS * one.limit, self._pages(request))
-        rows = list(range(len(known)))
+        rows, coming = list(range(len(known))), []
         if self.admission is not None and divisible(batch):
-            rows = self._choose(batch.reqs, known)
+            rows, coming = self._choose(batch.reqs, known)
         if len(rows) == len(known):
             self.slots.prepare_whole(batch)
         else:
             self.slots.prepare(batch, rows)
         self._mark(batch.reqs, known, rows)
+        self._expect([batch.reqs[row] for row in coming])
 
-    def _choose(self, requests, known: list[Transaction]) -> list[int]:
+    def _choose(self, requests, known: list[Transaction]) -> tuple[list[int], list[int]]:
+        """The rows that decode, and those that have their room and join soon."""
         for one in known:
             if one.age is None:
                 one.age, self._ages = self._ages, self._ages + 1
         # What was retracted comes back as the last row.
         order = sorted(range(len(known)), key=lambda row: (self._urgency(requests[row]), known[row].age))
         by_age = [requests[row] for row in order]
+        pool, scheduler = self._pool, self.scheduler
+        # Where there are frames for all of them nothing is to be loaded.
+        fit = sum(map(self._pages, requests)) * pool.head_num <= pool.frame_count
         candidates = [
-            Candidate(known[row].need, known[row].state == "decoding", requests[row].to_finish is not None)
+            Candidate(
+                known[row].need,
+                decodes=known[row].state == "decoding",
+                ends=requests[row].to_finish is not None,
+                loaded=fit or known[row].coming >= self._load_steps,
+            )
             for row in order
         ]
-        scheduler = self.scheduler
         more_coming = bool(scheduler.waiting_queue) or scheduler.chunked_req is not None
-        return sorted(order[place] for place in self.admission.choose(candidates, more_coming, self._objective(by_age)))
+        chosen = self.admission.choose(candidates, more_coming, self._objective(by_age))
+        return tuple(sorted(order[place] for place in places) for places in (chosen, self.admission.coming))
 
     def _urgency(self, request) -> int:
         """Smaller goes first, as SGLang has it for prefill."""
@@ -152,7 +191,7 @@ class Controller:
 
     def _objective(self, requests):
         """Tells, by its row, whether one more is allowed: whether a step of it and all that were allowed before is
-        predicted to take no longer than it may. The first always is."""
+        predicted to take no longer than it may, and leaves time for chunks. The first always is."""
         objective, allowed, pages, selected = self._config.tpot_slo_ms, 0, 0, 0
 
         def allows(row: int) -> bool:
@@ -161,7 +200,7 @@ class Controller:
                 return True
             own = self._pages(requests[row])
             more = (allowed + 1, pages + own, selected + min(Transaction.of(requests[row]).limit, own))
-            if allowed and 1000 * self._coordinator.latency.predict(self._load(*more)) > objective:
+            if allowed and 1000 * self._coordinator.latency.predict(self._load(*more)) > FILLED * objective:
                 return False
             allowed, pages, selected = more
             return True
@@ -200,10 +239,10 @@ class Controller:
             return
         self._measured = sets.measured
         clock = self.clock
-        found = [*found, clock.step_seconds if clock.steps >= TIMED_STEPS else 0.0, clock.chunk_seconds]
+        found = [*found, clock.step_seconds if clock.steps >= TIMED_STEPS else 0.0]
         if ranks > 1:  # each has other KV heads; they come here at the same step
             found = largest(found, self.scheduler.tp_cpu_group)
-        *needs, visited, selected, step, chunk = found
+        *needs, visited, selected, step = found
         for request in self._decoding:
             one = Transaction.of(request)
             slot = request.req_pool_idx
@@ -218,12 +257,12 @@ class Controller:
             if self.admission is not None:
                 self.admission.observe(missed, self._most, steady)
             if step and not self._changed:
-                self._learn_time(step, chunk)
+                self._learn_time(step)
         self._joined, self._changed, self._most = 0, False, len(self._decoding)
         clock.restart()
 
-    def _learn_time(self, step: float, chunk: float):
-        latency, objective = self._coordinator.latency, self._config.tpot_slo_ms
+    def _learn_time(self, step: float):
+        latency = self._coordinator.latency
         if self._predicted:
             self._coordinator.load |= {"predicted_step_seconds": self._predicted, "measured_step_seconds": step}
         pages = [self._pages(request) for request in self._decoding]
@@ -231,33 +270,39 @@ class Controller:
         load = self._load(len(pages), sum(pages), sum(map(min, limits, pages)))
         latency.observe(load, step)
         self._predicted = latency.predict(load)
-        if objective is not None and self._between and chunk:
-            # A token takes its step and its part of the chunk before it.
-            spare = max(objective / 1000 - step, 1e-9)
-            self._between = min(max(math.ceil(chunk / spare), self._config.decode_interleave), MOST_BETWEEN)
 
     def _held_pages(self) -> torch.Tensor:
         """Logical pages, int64, of the requests that decode or wait to."""
         requests = self.scheduler.running_batch.reqs
         live = [one for one in requests if one.req_pool_idx is not None and not one.finished()]
         none = torch.zeros(0, dtype=torch.int64, device=self._pool.device)
-        return torch.cat([none, *map(self._page_starts, live)]).long() // self._pool.page_size
-
-    def _page_starts(self, request) -> torch.Tensor:
-        """Where the first token of each of its pages is, `[n]`."""
-        table = self.scheduler.req_to_token_pool.req_to_token
-        return table[request.req_pool_idx, : request.kv.kv_allocated_len : self._pool.page_size]
+        return torch.cat([none, *(logical_pages(self.scheduler, one) for one in live)])
 
     def _turn(self, request, one: Transaction):
         """Tell the coordinator of a request that begins to wait, or ceases to."""
         if (one.state == "waiting") == (one.kept is not None):
             return
-        pages = self._page_starts(request).long() // self._pool.page_size
         if one.kept is None:
-            one.kept = self._coordinator.begins_to_wait(pages)
-        else:  # the page that the step begins was not there when it began to wait
-            self._coordinator.ends_to_wait(one.kept, pages[: len(one.kept.pages)])
+            one.kept = self._coordinator.begins_to_wait(logical_pages(self.scheduler, request))
+        else:
+            self._restore(request, one)
             one.kept = None
+
+    def _restore(self, request, one: Transaction):
+        """Its blocks matter again as when it began to wait."""
+        # (The page that its next step begins was not there then.)
+        self._coordinator.ends_to_wait(one.kept, logical_pages(self.scheduler, request)[: len(one.kept.pages)])
+
+    def _expect(self, coming: list):
+        """What matters of these comes into frames while others decode, so that they find it there when they join."""
+        for request in coming:
+            one = Transaction.of(request)
+            if request not in self._coming:
+                self._restore(request, one)
+            one.coming += 1
+        if coming != self._coming:
+            self._coordinator.batch_changed()
+        self._coming, self._coordinator.expecting = coming, bool(coming)
 
     def _mark(self, requests, known, rows: list[int]):
         """Enter the new states, and let the coordinator share frames out anew if others decode than before."""
@@ -267,7 +312,8 @@ class Controller:
             load["pauses"] += pauses
             load["waited_seconds"] += seconds
             self._turn(requests[row], one)
-            one.steps += row in chosen
+            if row in chosen:
+                one.steps, one.coming = one.steps + 1, 0
         now = [requests[row] for row in rows]
         if now != self._decoding:
             self._joined += len(set(now) - set(self._decoding))
