@@ -2,9 +2,9 @@
 
 RheoServe against SGLang's own backend with the same device memory for KV, Qwen3-8B's shapes, random weights and random
 prompts; RheoServe's selection is synthetic, of a given churn (synthetic_server.py). For each rate: time to first token,
-time per further token, the longest gap between two, and tokens a second of all requests. With `--limit` requests are
-cut off so many seconds after the first could arrive: tokens count till then, and a request without one as having waited
-till then. Times per further token are of requests that ended. Arrivals, lengths of prompts
+time per further token, the longest gap between two, how long prefilled requests waited to decode, and tokens a second.
+With `--limit` requests are cut off so many seconds after the first could arrive: tokens count till then, and a request
+without one as having waited till then. Times per further token are of requests that ended. Arrivals, lengths of prompts
 and of answers come from the seed alone, so that both systems get the same. `sglang.bench_serving` measures most of it
 by the text that comes back, which token numbers of a model without a tokenizer do not have; so the requests are sent
 from here. `--model` serves a checkpoint as it is, also without a GPU. The last line is JSON.
@@ -31,6 +31,7 @@ from serving import Server
 from rheoserve_sgl.runtime.telemetry import PREFIX
 
 SECONDS = 3600
+REPORT = {"custom_params": {"rheoserve": {"report": True}}}
 
 
 def draw_load(rate: float, seconds: float, prompt, answer, vocabulary: int, seed: int):
@@ -51,13 +52,17 @@ def draw_load(rate: float, seconds: float, prompt, answer, vocabulary: int, seed
         load.append((at, tokens, draw.randint(*answer)))
 
 
-async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, seen: dict) -> None:
-    """Keeps in `seen` one request's seconds: to its first token, for each further one, and the longest without any."""
-    body = {
-        "input_ids": prompt,
-        "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
-        "stream": True,
-    }
+async def ask(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, seen: dict, options: dict
+) -> None:
+    """Keeps in `seen` one request's seconds: to its first token, for each further one, and the longest without any; its
+    tokens as they came, if `options` ask for a report what that says of waits, and the answer.
+
+    Args:
+        options: custom_params of the request
+    """
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **options}
+    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
     began = seen["began"] = time.perf_counter()
     last, gap = None, 0.0
     async with session.post(url + "/generate", json=body) as reply:
@@ -69,20 +74,24 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: list[int], token
             now = time.perf_counter()
             gap, last = max(gap, now - last) if last else gap, now
             seen.setdefault("first", now - began)
-            seen["tokens"] = json.loads(line[6:])["meta_info"]["completion_tokens"]
+            told = json.loads(line[6:])
+            seen["tokens"], seen["answer"] = told["meta_info"]["completion_tokens"], told["output_ids"]
+            if told["meta_info"].get("finish_reason"):
+                report = told["meta_info"]["finish_reason"].get("rheoserve", {})
+                seen |= {name: report[name] for name in ("waited_seconds", "pauses") if name in report}
     if seen.get("tokens") != tokens:
         raise RuntimeError(f"asked for {tokens} tokens, got {seen.get('tokens')}")
     seen |= {"each": (last - began - seen["first"]) / max(tokens - 1, 1), "gap": gap, "ended": last}
 
 
-async def send(url: str, load, limit: float) -> tuple[list[dict], list[dict]]:
-    """Figures of the requests that ended, and of those that did not within `limit` seconds."""
+async def send(url: str, load, limit: float, options: dict | None = None) -> tuple[list[dict], list[dict]]:
+    """Figures of the requests that ended, and of those that did not within `limit` seconds, each in their order."""
     timeout = aiohttp.ClientTimeout(total=SECONDS)
     async with aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 20) as session:
 
         async def later(at: float, prompt: list[int], tokens: int, seen: dict):
             await asyncio.sleep(at)
-            await ask(session, url, prompt, tokens, seen)
+            await ask(session, url, prompt, tokens, seen, options or {})
 
         figures = [{} for _ in load]
         tasks = [asyncio.create_task(later(*one, seen)) for one, seen in zip(load, figures, strict=True)]
@@ -113,8 +122,9 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
     began = time.perf_counter()
     before = rheo_counts(server)
     with Sampler(server) as samples:
-        ended, late = asyncio.run(send(server.url, load, limit))
-    first, each, gaps = ([one[name] for one in ended] for name in ("first", "each", "gap"))
+        ended, late = asyncio.run(send(server.url, load, limit, REPORT if system == "rheoserve" else None))
+    each, gaps = ([one[name] for one in ended] for name in ("each", "gap"))
+    waits = [one["waited_seconds"] for one in ended if "waited_seconds" in one]
     waited = [one["waited"] for one in (*ended, *late)]
     span = limit if late else max(one["ended"] for one in ended) - began
     after = rheo_counts(server)
@@ -130,11 +140,22 @@ def measure(server: Server, system: str, rate: float, args) -> dict:
         "tpot_ms": round(1000 * statistics.mean(each), 2) if each else None,
         "tpot_p99_ms": round(1000 * percentile(each, 0.99), 2) if each else None,
         "longest_gap": round(statistics.median(gaps), 3) if gaps else None,
+        "longest_gap_p99": round(percentile(gaps, 0.99), 3) if gaps else None,
+        **(waits_of(waits, ended) if waits else {}),
         "tokens_per_second": round(sum(one.get("tokens", 0) for one in (*ended, *late)) / max(span, 1e-9), 1),
         "span_seconds": round(span, 1),
         **{name: round(after[name] - before[name], 4) for name in after},
         **({"step_error": step_error(samples)} if samples else {}),
         "samples": samples,
+    }
+
+
+def waits_of(waits: list[float], ended: list[dict]) -> dict:
+    """Of prefilled requests that waited to decode, or to decode again."""
+    return {
+        "wait_mean": round(statistics.mean(waits), 3),
+        "wait_p99": round(percentile(waits, 0.99), 3),
+        "pauses": sum(one.get("pauses", 0) for one in ended),
     }
 
 
