@@ -19,9 +19,14 @@ class GatedModel:
         path: checkpoint
         gates: one layer's float tensors each: q `[kv_heads, group, dim, width]`, k `[kv_heads, 3 * dim, width]`, norms
         budget, sink, window: in blocks
+        start: layers before this one attend to all
+        rotate_last: whether a block that is completed while decoding has its key rotated at its last token
     """
 
-    def __init__(self, path, gates: list[dict], budget: int, sink: int, window: int):
+    def __init__(
+        self, path, gates: list[dict], budget: int, sink: int, window: int, start: int = 0, rotate_last: bool = False
+    ):
+        self.start, self.rotate_last = start, rotate_last
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.model.config._attn_implementation = "eager"
         self.gates = [{name: tensor.double().numpy() for name, tensor in gate.items()} for gate in gates]
@@ -41,6 +46,7 @@ class GatedModel:
             earlier: positions in the prompt whose queries were sparse, too
         """
         self.sparse = [*earlier, *range(len(prompt), len(prompt) + len(answer) - 1)]
+        self._prompt = len(prompt)
         self.left_out = 0
         original = qwen3.eager_attention_forward
         qwen3.eager_attention_forward = self._attend
@@ -70,11 +76,18 @@ class GatedModel:
 
     def _select(self, layer: int, head: int, group: int, mask: torch.Tensor):
         """Clear what sparse queries leave out: mask `[tokens, tokens]` of one KV head."""
+        if layer < self.start:
+            return
         gate = self.gates[layer]
         q, k = self._plain["q", layer], self._plain["k", layer][:, head]
         keys = [
             gate_reference.key(
-                k[at : at + BLOCK], ("max", "min", "avg"), gate["k"][head], gate["k_norm"], at, self.theta
+                k[at : at + BLOCK],
+                ("max", "min", "avg"),
+                gate["k"][head],
+                gate["k_norm"],
+                at + BLOCK - 1 if self.rotate_last and at + BLOCK > self._prompt else at,
+                self.theta,
             )
             for at in range(0, len(k) - BLOCK + 1, BLOCK)
         ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from rheoserve_sgl.gate.attn_gate import GateWeights, pool_blocks, project_key, project_query
 from rheoserve_sgl.gate.base import Tapped
@@ -215,8 +216,13 @@ def written(path, **changes):
     return config, layers
 
 
-def test_files_hold_what_was_written(tmp_path):
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_files_hold_what_was_written(safetensors, tmp_path):
     config, layers = written(tmp_path)
+    if safetensors:
+        published = tmp_path / "attn_gate_weights.pth"
+        save_file(torch.load(published, weights_only=True), published.with_suffix(".safetensors"))
+        published.unlink()
     again, tensors = read_gate(tmp_path, SHAPE)
     assert again == config
     for before, after in zip(layers, tensors, strict=True):

@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from rheoserve_sgl.gate import distill
 from rheoserve_sgl.gate.checkpoint import ModelShape, read_gate
 from rheoserve_sgl.gate.distiller import Seen
 from rheoserve_sgl.gate.sequences import load_sequences
 from rheoserve_sgl.gate.target import block_targets, earlier_blocks, far_blocks, gate_loss
+from rheoserve_sgl.nano.make import CONTEXT, VOCABULARY, make_tokenizer
 
 
 def test_targets_are_the_block_maxima_of_the_attention():
@@ -61,6 +63,20 @@ def arguments(checkpoints, text, out, **changes):
     options = {"context": 512, "batch": 2, "steps": 30, "queries": 64, "lr": 0.01, "save-every": 10} | changes
     command = ["--model", str(checkpoints.path()), "--data", str(text), "--out", str(out), "--device", "cpu"]
     return command + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
+def test_other_models_have_their_gates_distilled(config, text, tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
+    AutoModelForCausalLM.from_config(config(**shape)).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    options = ["--context", "256", "--batch", "1", "--steps", "2", "--queries", "16", "--device", "cpu"]
+    distill.main(["--model", str(tmp_path / "model"), "--data", str(text), "--out", str(tmp_path / "gate"), *options])
+    assert len(json.loads((tmp_path / "gate" / "loss_curve.json").read_text())) == 2
+    _, layers = read_gate(tmp_path / "gate", ModelShape(2, 4, 2, 32))
+    assert len(layers) == 2 and all(tensor.isfinite().all() for layer in layers for tensor in layer.values())
 
 
 def test_the_loss_goes_down_and_the_gates_fit_the_model(checkpoints, text, tmp_path):

@@ -1,5 +1,8 @@
 """A learned gate in a real server, against transformers with the same selection written anew."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from serving import random_prompts, rheo_server
@@ -64,6 +67,34 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
         ):
             reply = ask(server, prompt, options)
             assert reply.status_code == 400 and words in reply.text, reply.text
+
+
+@pytest.mark.server
+def test_two_ranks_a_dense_layer_and_keys_rotated_at_the_last_token(gate, checkpoints, tmp_path):
+    """Each rank has the gate of its own KV heads; the first layer is dense because the gate was made so."""
+    shutil.copytree(gate, tmp_path / "gate")
+    stored = json.loads((gate / "config.json").read_text())
+    (tmp_path / "gate" / "config.json").write_text(json.dumps(stored | {"seerattn_start_layer": 1}))
+    args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(tmp_path / "gate"), "--tp-size", "2"]
+    args += ["--rheoserve-token-budget", "384", "--rheoserve-window-tokens", "64", "--rheoserve-device-tokens", "512"]
+    args += [
+        "--rheoserve-gate-rope",
+        "last",
+        "--rheoserve-device-attention",
+        "selected",
+        "--chunked-prefill-size",
+        "512",
+    ]
+    model, [prompt] = checkpoints.path(), random_prompts(18, [700])
+    layers = read_gate(gate, SHAPE)[1]
+    made = {"budget": 6, "sink": 1, "window": 1, "start": 1}
+    with rheo_server(model, args, tmp_path, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
+        assert server.rheo()["settings"]["dense_layers"] == 1
+        answer = server.tokens([prompt], 140)[0]  # past two page boundaries, and a page's length on
+    reference = GatedModel(model, layers, **made, rotate_last=True)
+    assert reference.greedy(prompt, answer) == answer
+    assert reference.left_out > 140 * (LAYERS - 1) * KV_HEADS
+    assert GatedModel(model, layers, **made).greedy(prompt, answer) != answer  # else this could not tell
 
 
 def ask(server, prompt, options):

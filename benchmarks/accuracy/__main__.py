@@ -4,10 +4,7 @@ One server for each gate (and one for `balanced`) is started on the model; budge
 options of the requests. `--url` asks a server that runs already, with its own gate, instead. Prints a table: right
 answers of each task, and the loss in nats over the text's next tokens while decoding. The last line is JSON.
 
-For RULER by lm-evaluation-harness, start a server and run:
-
-  lm_eval --model local-completions --tasks ruler --model_args
-      base_url=http://127.0.0.1:30000/v1/completions,model=default,tokenizer=PATH,max_length=32768
+For RULER by lm-evaluation-harness see docs/accuracy.md.
 """
 
 import argparse
