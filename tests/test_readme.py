@@ -35,7 +35,7 @@ def test_environment_variables_are_documented():
     from rheoserve_sgl import environ
 
     read = set(re.findall(r'os\.environ\.\w+\("(\w+)"', Path(environ.__file__).read_text()))
-    assert len(read) == 6
+    assert len(read) == 7
     for name in read:
         assert name in environ.__doc__
     sources = [path for path in (ROOT / "rheoserve_sgl").rglob("*.py") if path.name != "environ.py"]

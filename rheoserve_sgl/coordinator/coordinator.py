@@ -43,6 +43,7 @@ LOAD = (
     *("transactions_decoding", "transactions_waiting", "working_set_pages"),
     *("predicted_step_seconds", "measured_step_seconds", "pauses", "waited_seconds"),
 )
+LONG_PREFILL = 2048  # tokens: takes longer than any copy
 WARN_STEPS = 256  # between two warnings of the same
 ROUNDING = 0.999  # of an importance that has faded step by step
 
@@ -145,8 +146,8 @@ class Coordinator:
         self._finish_copies()
         if len(fresh) and not self._ranking.forced_only and not (self.lane and self.lane.busy):
             self._move(self._receive, (fresh, pages))
-        if self.lane is not None:
-            self.lane.hurry()  # a prefill takes longer than any copy
+        if self.lane is not None and len(fresh) * PAGE_TOKENS >= LONG_PREFILL:
+            self.lane.hurry()
 
     def _receive(self, what: tuple[torch.Tensor, torch.Tensor]):
         """Frames for fresh pages of a prefill that has those pages: what is written to them needs no copy."""

@@ -11,6 +11,7 @@ import math
 import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
+from rheoserve_sgl.coordinator.coordinator import LONG_PREFILL
 from rheoserve_sgl.coordinator.working_set import UNKNOWN
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
@@ -128,11 +129,12 @@ class Controller:
             self.pace.learn(*took)
         return self.pace.chunk
 
-    def prefilled(self):
-        """A batch of a prefill is about to run."""
+    def prefilled(self, tokens: int):
+        """A batch of a prefill of so many tokens is about to run."""
         self._owed = self.pace.between
-        for request in self._coming:  # it takes longer than their blocks do
-            Transaction.of(request).coming = self._load_steps
+        if tokens >= LONG_PREFILL:  # meanwhile their blocks come
+            for request in self._coming:
+                Transaction.of(request).coming = self._load_steps
 
     def rest(self):
         """The last request has ended."""

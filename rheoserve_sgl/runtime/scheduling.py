@@ -54,7 +54,7 @@ def get_new_batch_prefill(original, scheduler, running_batch):
     finally:
         scheduler.chunked_prefill_size = chunk
     if plan.batch_to_run is not None:
-        controller.prefilled()
+        controller.prefilled(plan.batch_to_run.extend_num_tokens)
     return plan
 
 
