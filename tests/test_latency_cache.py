@@ -94,6 +94,7 @@ def test_the_folder_is_the_environments(value, folder, monkeypatch):
     assert found is None if folder is None else str(found).endswith(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_a_server_measures_once(checkpoints, tmp_path):
     env = {"RHEOSERVE_CACHE": str(tmp_path / "cache")}

@@ -29,7 +29,7 @@ def gate(tmp_path_factory):
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("mode", ["retrieval", "balanced"])
+@pytest.mark.parametrize("mode", [pytest.param("retrieval", marks=pytest.mark.slow), "balanced"])
 def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
     """`selected`: in `balanced`, too, only what the gate picks is attended, wherever it is."""
     args = ["--rheoserve-mode", mode, "--rheoserve-gate-path", str(gate), "--rheoserve-device-attention", "selected"]
