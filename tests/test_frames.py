@@ -64,6 +64,13 @@ def test_a_prompt_is_written_to_free_frames_and_stays_there_for_the_next_turn_un
     assert pool.residency.used == 0
 
 
+def both(tokens: int) -> Batch:
+    """A request with pages 1 to 8, full, and one of so many tokens with pages 11 to 18."""
+    pages = torch.stack((torch.arange(1, 9), torch.arange(11, 19)))
+    table = (pages[:, :, None] * 64 + torch.arange(64)).flatten(1).int()
+    return Batch.build(table, torch.arange(2), torch.tensor([512, tokens]), 512, 1, 1)
+
+
 def test_what_matters_of_a_request_that_joins_soon_comes_into_frames_before_it_does():
     pool, _ = make_pool(64 * 30, 64 * 8, exchange_interval=1000, window_tokens=64)
     held = hold(pool, [])
@@ -83,10 +90,7 @@ def test_what_matters_of_a_request_that_joins_soon_comes_into_frames_before_it_d
     moved, there = int(pool.moved), resident(pool, held)
     pool.coordinator.coming = list
     pool.coordinator.batch_changed()
-    both = torch.zeros(2, 64 * 8, dtype=torch.int32)
-    for row, pages in enumerate((range(1, 9), range(11, 19))):
-        both[row] = (torch.tensor(list(pages))[:, None] * 64 + torch.arange(64)).flatten()
-    joined = Batch.build(both, torch.arange(2), torch.tensor([512, 512]), 512, 1, 1)
+    joined = both(512)
     pool.coordinator.begin_decode(lambda: joined)
     assert resident(pool, held) == there and int(pool.moved) == moved
 
@@ -109,10 +113,7 @@ def test_a_request_that_joins_before_its_blocks_are_seen_to_have_come_has_what_i
             break
     lane.copy()
     lane.unseen = True
-    table = torch.zeros(2, 64 * 8, dtype=torch.int32)
-    for row, pages in enumerate((range(1, 9), range(11, 19))):
-        table[row] = (torch.tensor(list(pages))[:, None] * 64 + torch.arange(64)).flatten()
-    joined = Batch.build(table, torch.arange(2), torch.tensor([512, 510]), 512, 1, 1)
+    joined = both(510)
     pool.coordinator.coming, pool.coordinator.expecting = list, False
     pool.coordinator.begin_decode(lambda: joined)
     assert lane.busy

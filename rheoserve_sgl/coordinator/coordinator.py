@@ -314,9 +314,10 @@ class Coordinator:
         )
         if self._random is not None:
             worth = self._shuffle(worth)
-        shares = equal_shares(rows.n_pages, pool.frame_count // pool.head_num)
+        capacity = pool.frame_count // pool.head_num
+        shares = equal_shares(rows.n_pages, capacity)
         # By a threshold heads select from few to many blocks; by a budget each as many as the others (docs/LOG.md).
-        joint, capacity = self.config.threshold is not None, pool.frame_count // pool.head_num
+        joint = self.config.threshold is not None
         wanted = wanted_blocks(worth, rows.pages, shares, pool.host.pages, capacity, joint)
         self.counts["exchanges"] += 1
         wanted = self.idle.keep(wanted, rows.pages)

@@ -12,6 +12,7 @@ import torch
 
 from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves, Residency
 from rheoserve_sgl.coordinator.exchange import rank_blocks
+from rheoserve_sgl.ops.plan import forced_pages
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def swap_torch(
     pages, counts = tables.pages.long(), tables.n_pages
     at = torch.arange(pages.shape[1])
     valid = at < counts[:, None]
-    forced = valid & ((at < ranking.sink_pages) | (at >= counts[:, None] - 1 - ranking.window_pages))
+    forced = valid & forced_pages(at, counts[:, None], ranking.sink_pages, ranking.window_pages)
     frame_of, owner = residency.frame_of, residency.owner
     worth = rank_blocks(
         importance, frame_of >= 0, pages, valid, forced, ranks_by=ranking.ranks_by, forced_only=ranking.forced_only

@@ -76,12 +76,17 @@ def plan(rule: Rule, scores, pages, n_pages, tail_len, frame_of, threads: int = 
     return plan_torch(rule, scores, pages, n_pages, tail_len, frame_of, budgets)
 
 
+def forced_pages(at: torch.Tensor, n_pages: torch.Tensor, sink_pages: int, window_pages: int) -> torch.Tensor:
+    """Which places among so many pages are sink, window or the newest page, or behind it."""
+    return (at < sink_pages) | (at >= n_pages - 1 - window_pages)
+
+
 def plan_torch(rule: Rule, scores, pages, n_pages, tail_len, frame_of, budgets=None) -> Plan:
     kv_heads = frame_of.shape[1]
     at = torch.arange(pages.shape[1], device=pages.device)
     valid = (at < n_pages[:, None])[:, None]  # [batch, 1, max_pages]
     newest = n_pages[:, None] - 1
-    forced = ((at < rule.sink_pages) | (at >= newest - rule.window_pages))[:, None] & valid
+    forced = forced_pages(at, n_pages[:, None], rule.sink_pages, rule.window_pages)[:, None] & valid
     if rule.select == Select.ALL:
         chosen = valid
     elif rule.select == Select.FORCED:

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.plan import forced_pages
 
 
 def pages_of(tokens):
@@ -88,8 +89,3 @@ class Batch:
             valid=valid,
             forced=forced_pages(at, n_pages[:, None], sink_pages, window_pages) & valid,
         )
-
-
-def forced_pages(at: torch.Tensor, n_pages: torch.Tensor, sink_pages: int, window_pages: int) -> torch.Tensor:
-    """Which places among so many pages are sink, window or the newest page, or behind it."""
-    return (at < sink_pages) | (at >= n_pages - 1 - window_pages)

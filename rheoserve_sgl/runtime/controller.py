@@ -18,7 +18,7 @@ from rheoserve_sgl.runtime.latency_model import StepLoad
 from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, Pace
 from rheoserve_sgl.runtime.ranks import largest
 from rheoserve_sgl.runtime.slots import Slots, divisible
-from rheoserve_sgl.runtime.step_clock import StepClock
+from rheoserve_sgl.runtime.step_clock import TIMED_STEPS, StepClock
 from rheoserve_sgl.runtime.transaction import Transaction, logical_pages
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ LEARNING_STEPS = 16  # of a request: until then its working set is guessed
 GUESS = 1.25  # of what it may select
 FEW = 8  # those that decode are so many times those that joined them, or the window tells nothing of misses
 RISE = 0.02  # of the share that is taken for missed, in a window in which requests joined
-TIMED_STEPS = 8  # a window has at least so many, or it teaches nothing about time
 # Decode steps of others from when a request has its room until it joins them, unless a prefill goes between: an
 # exchange that brings its blocks takes up to 40 ms.
 LOAD_STEPS = 4

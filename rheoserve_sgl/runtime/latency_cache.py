@@ -67,5 +67,5 @@ class LatencyCache:
         except OSError as error:
             logger.warning("RheoServe: %s cannot be written: %s", self.path, error)
             self.path = None
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it may not be there
                 fresh.unlink()

@@ -4,7 +4,7 @@ import time
 from collections import deque
 
 DECODE, PREFILL, NOTHING = "decode", "prefill", "nothing"
-SOME = 8  # steps tell what one takes on average
+TIMED_STEPS = 8  # a window has at least so many, or it tells nothing about time
 BLEND = 0.3  # of a new measurement of a chunk in the running mean
 # An iteration counts as at most so many times the mean: the loop may be held up by something else, a paused server or
 # new weights.
@@ -77,4 +77,4 @@ class StepClock:
     @property
     def usual_seconds(self) -> float:
         """Of a decode step, as far as is known: since `restart`, or before it while there were few since."""
-        return self._usual if self.steps < SOME and self._usual else self.step_seconds
+        return self._usual if self.steps < TIMED_STEPS and self._usual else self.step_seconds
