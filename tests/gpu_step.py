@@ -69,7 +69,7 @@ def table_of(pages: torch.Tensor) -> torch.Tensor:
 
 
 def make(device: str, selector: str):
-    pool, _ = make_pool(64 * 80, 64 * 20, device, selector="quest" if selector == "seer" else selector)
+    pool, _ = make_pool(64 * 80, 64 * 20, device, selector="quest" if selector == "seer" else selector, canary="raise")
     if selector == "seer":
         torch.manual_seed(3)
         weights = [make_weights(dim=DIM, group=GROUP, positions=1024) for _ in range(LAYERS)]
@@ -143,8 +143,10 @@ def test_steps_equal_the_cpus(name, selector):
             torch.testing.assert_close(got[:3].cpu(), expected.view(3, -1), rtol=1e-4, atol=1e-5)
             assert not got[3:].any()  # padding attends to nothing
     assert step.totals.sum(0).tolist() == attended.tolist()
+    assert torch.equal(ours.canary.known.cpu(), theirs.canary.known)
     for layer in range(LAYERS):
         assert torch.equal(ours.host.layers[layer][1:], theirs.host.layers[layer][1:])
+        assert torch.equal(ours.canary.sums[layer, 1:].cpu(), theirs.canary.sums[layer, 1:])
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,14 +19,16 @@ class GatedModel:
         path: checkpoint
         gates: one layer's float tensors each: q `[kv_heads, group, dim, width]`, k `[kv_heads, 3 * dim, width]`, norms
         budget, sink, window: in blocks
+        threshold: instead of the budget, blocks are selected whose score exceeds it
         start: layers before this one attend to all
         rotate_last: whether a block that is completed while decoding has its key rotated at its last token
     """
 
     def __init__(
-        self, path, gates: list[dict], budget: int, sink: int, window: int, start: int = 0, rotate_last: bool = False
-    ):
-        self.start, self.rotate_last = start, rotate_last
+        self, path, gates: list[dict], budget: int, sink: int, window: int, start: int = 0, rotate_last: bool = False,
+        threshold: float | None = None,
+    ):  # fmt: skip
+        self.start, self.rotate_last, self.threshold = start, rotate_last, threshold
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.model.config._attn_implementation = "eager"
         self.gates = [{name: tensor.double().numpy() for name, tensor in gate.items()} for gate in gates]
@@ -100,7 +102,11 @@ class GatedModel:
             scores = gate_reference.probabilities(gate_q, own)
             forced = {*range(min(self.sink, blocks)), *range(max(blocks - 1 - self.window, 0), blocks)}
             rest = sorted((n for n in range(blocks) if n not in forced), key=lambda n: -scores[n])
-            chosen = forced | set(rest[: max(self.budget - len(forced), 0)])
+            if self.threshold is None:
+                rest = rest[: max(self.budget - len(forced), 0)]
+            else:
+                rest = [n for n in rest if scores[n] > self.threshold]
+            chosen = forced | set(rest)
             for n in set(range(blocks)) - chosen:
                 mask[position, n * BLOCK : (n + 1) * BLOCK] = False
                 self.left_out += 1

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from serving import random_prompts
+from test_startup import TRY_ALL, answers, python
 
+import rheoserve_sgl
+from benchmarks.accuracy.__main__ import parse, systems
 from benchmarks.accuracy.client import contains
 from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
@@ -78,6 +81,18 @@ def test_a_seed_makes_the_same_samples_in_every_process():
 )
 def test_an_answer_contains_the_values_in_order_after_its_reasoning(answer, right):
     assert contains(answer, ("12", "34")) is right
+
+
+def test_the_servers_of_a_run_are_legal_and_cover_every_mode():
+    model = Path(rheoserve_sgl.__file__).parent / "nano" / "model"
+    command = ["--model", str(model), "--gate", str(model / "gate"), "--text", "none", "--contexts", "4096", "32768"]
+    made = list(systems(parse([*command, "--budgets", "0.0625", "0.25", "--selectors", "seer", "quest", "oracle"])))
+    assert answers(python(TRY_ALL, str(model), *(" ".join(flags) for flags, *_ in made))) == ["none"] * len(made)
+    asked = Counter((name, context) for _, contexts, rows, _ in made for name, *_ in rows for context in contexts)
+    rows = {"dense": 1, "window": 1, **dict.fromkeys(("retrieval seer", "retrieval quest", "retrieval oracle"), 2)}
+    assert asked == {(name, at): n for name, n in (rows | {"balanced seer": 2}).items() for at in (4096, 32768)}
+    for flags, contexts, *_ in made[3:]:  # balanced: frames for an eighth of the context
+        assert int(flags[flags.index("--rheoserve-device-tokens") + 1]) * 8 == contexts[0]
 
 
 @pytest.mark.server

@@ -12,6 +12,7 @@ import requests
 import torch
 from pools import make_pool
 from serving import Server, random_prompts, rheo_server
+from test_canary import SAYS
 from test_plan import listed
 from test_score import table
 
@@ -267,6 +268,17 @@ def test_a_cpu_that_does_not_answer_ends_the_server(checkpoints, tmp_path):
             server.generate(random_prompts(2, [3000]), 4)
         assert server.process.wait(60) != 0
     assert "CPU attention did not answer in 0 s: layer " in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("where", ["host", "frame"])
+def test_a_fault_in_what_decode_steps_wrote_ends_the_server(where, checkpoints, tmp_path):
+    """The newest page is changed; all but the first token's page were written from CUDA graphs."""
+    args = ["--rheoserve-canary", "raise", "--rheoserve-device-tokens", "4096", *HALF]
+    with rheo_server(checkpoints.path(), args, tmp_path, {"RHEOSERVE_TEST_FAULT": where}) as server:
+        server.tokens(random_prompts(71, [1]), 1400)  # looked at only when it has ended
+        assert server.process.wait(60) != 0
+    log = (tmp_path / "log").read_text()
+    assert "RheoServe canary: page " in log and SAYS[where] in log
 
 
 def same_up_to_rounding(mine, theirs) -> bool:

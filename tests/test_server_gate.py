@@ -97,6 +97,43 @@ def test_two_ranks_a_dense_layer_and_keys_rotated_at_the_last_token(gate, checkp
     assert GatedModel(model, layers, **made).greedy(prompt, answer) != answer  # else this could not tell
 
 
+@pytest.mark.server
+def test_a_threshold_and_a_request_that_is_retracted(gate, checkpoints, tmp_path):
+    """What was decoded before is computed anew as a prompt, densely, in other pages, and its gate keys with it."""
+    args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-threshold", "0.05"]
+    args += ["--rheoserve-window-tokens", "64", "--rheoserve-device-tokens", "512", "--chunked-prefill-size", "512"]
+    args += ["--rheoserve-device-attention", "selected"]
+    model, [prompt] = checkpoints.path(), random_prompts(19, [700])
+    with rheo_server(model, args, tmp_path) as server:
+        answer, told, retractions = retracted(server, prompt, 140, 75)  # past a page boundary before it, and after
+    assert retractions == 1
+    reference = GatedModel(model, read_gate(gate, SHAPE)[1], budget=0, sink=1, window=1, threshold=0.05)
+    assert reference.greedy(prompt, answer[:told]) == answer[:told]
+    assert told * LAYERS * KV_HEADS < reference.left_out < told * 9 * LAYERS * KV_HEADS  # of 9 to choose from
+
+    def fits(tokens: int) -> bool:
+        """Whether what follows so many tokens is what follows them as part of a prompt."""
+        return reference.greedy(prompt + answer[:tokens], answer[tokens:]) == answer[tokens:]
+
+    assert any(fits(tokens) for tokens in range(told, min(told + 40, 139)))
+    assert not fits(0)  # else this could not tell
+
+
+def retracted(server, prompt: list[int], tokens: int, after: int) -> tuple[list[int], int, int]:
+    """The answer of a request that was retracted after it had told so many tokens: with how many, and how often."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
+    told = 0
+    for line in server.post("/generate", body, stream=True).iter_lines():
+        if line.startswith(b"data: {"):
+            reply = json.loads(line[6:])
+            if not told and len(reply["output_ids"]) >= after:
+                told = len(reply["output_ids"])
+                assert server.post("/pause_generation", {"mode": "retract"}).status_code == 200
+                assert server.post("/continue_generation", {}).status_code == 200
+    return reply["output_ids"], told, reply["meta_info"]["num_retractions"]
+
+
 def ask(server, prompt, options):
     sampling = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True, "custom_params": {"rheoserve": options}}
     return server.post("/generate", {"input_ids": prompt, "sampling_params": sampling})

@@ -22,8 +22,6 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of an eleme
 class Canary:
     """Checksums of what was written to one pool, 8 bytes a token, layer and KV head.
 
-    On a GPU, tokens that decode steps write leave none (their kernel is in a CUDA graph), and are not looked at.
-
     Args:
         pool: TwoTierKVPool
         raises: whether a finding ends the server, or is only logged
@@ -44,11 +42,11 @@ class Canary:
         self._planted = environ.planted_fault()
 
     def wrote(self, layer: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Tokens were given to the pool: see TwoTierKVPool.write."""
-        page, offset = loc // PAGE_TOKENS, loc % PAGE_TOKENS
-        self.sums[layer, page, offset] = self._sum(torch.stack((k, v)).transpose(0, 1).transpose(1, 2))
+        """Tokens were given to the pool: see TwoTierKVPool.write. A CUDA graph may hold this."""
+        sums = self._sum(torch.stack((k, v)).transpose(0, 1).transpose(1, 2))
+        self.sums[layer].view(-1, sums.shape[1]).index_copy_(0, loc, sums)
         if layer == self.pool.layer_num - 1:
-            self.known[page, offset] = True
+            self.known.view(-1).index_fill_(0, loc, True)
             self.known[0] = False  # the page of padded tokens is anybody's
 
     def freed(self, pages: torch.Tensor):
@@ -81,7 +79,7 @@ class Canary:
         if not len(live):
             return
         if self._planted and len(live) >= FAULT_PAGES:
-            self._plant(int(live[0]))
+            self._plant(int(live[-1]))
         picked = live[torch.randint(len(live), (PAGES,), generator=self._draw).to(live.device)]
         layer = int(torch.randint(self.pool.layer_num, (1,), generator=self._draw))
         finding = self.finding(layer, picked)

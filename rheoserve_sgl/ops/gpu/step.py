@@ -93,6 +93,8 @@ class GpuStep:
             pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
             quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
         )  # fmt: skip
+        if pool.canary is not None:
+            pool.canary.wrote(index, loc, k, v)
         if self.selects and self.kind == "seer":
             gate, keys = pool.gate, tapped.k.view(batch, kv_heads, dim)
             gate_keys_gpu(gate.layers[index], keys, tables, gate.running[index], quick, gate.rotate_last)
