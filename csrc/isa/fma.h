@@ -66,7 +66,8 @@ class Dots {
   template <int F>
   void strided(const float* keys, float* out, bool add, Ahead& ahead) const {
     if constexpr (F <= V::kWidth) {
-      if (words_ == 64) products<F>(keys, Constant<64>(), out, add, ahead);
+      if (words_ == 32) products<F>(keys, Constant<32>(), out, add, ahead);
+      else if (words_ == 64) products<F>(keys, Constant<64>(), out, add, ahead);
       else if (words_ == 128) products<F>(keys, Constant<128>(), out, add, ahead);
       else products<F>(keys, words_, out, add, ahead);
     }
