@@ -161,7 +161,7 @@ def reference(checkpoints, tmp_path_factory):
         (["--rheoserve-token-budget", "16384"], {"RHEOSERVE_TEST_RANDOM_EXCHANGE": "7"}),
         (["--rheoserve-token-budget", "16384", "--rheoserve-selector", "mean", "--disable-cuda-graph"], {}),
         (["--rheoserve-token-budget", "16384", "--rheoserve-admission", "off"], {}),
-        (["--rheoserve-token-budget", "512", "--rheoserve-dense-layers", "4"], {}),
+        (["--rheoserve-token-budget", "640", "--rheoserve-dense-layers", "4"], {}),
     ],
     ids=["full", "full-no-graphs", "random-exchange", "mean-no-graphs", "all-at-once", "all-layers-dense"],
 )

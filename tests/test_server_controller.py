@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import requests
@@ -125,7 +126,8 @@ def test_a_long_prompt_does_not_stop_those_that_decode(server):
 
 
 def test_chunks_become_small_where_tokens_must_not_take_long(checkpoints, tmp_path):
-    """No chunk is as fast as this objective asks for: after the first all have the least size."""
+    """No chunk is as fast as this objective asks for: after the first comes one of the least size, and chunks grow
+    slowly from there, if a part of their time does not depend on it."""
     short, long = random_prompts(68, [40, 14000])
     flags = ["--chunked-prefill-size", "4096", "--rheoserve-admission", "on", "--rheoserve-tpot-slo-ms", "1"]
     with rheo_server(checkpoints.path(), [*flags, "--context-length", "16384"], tmp_path) as server:
@@ -143,7 +145,8 @@ def test_chunks_become_small_where_tokens_must_not_take_long(checkpoints, tmp_pa
         asking.join(60)
         sizes = [int(found) for found in re.findall(r"#new-token: (\d+)", server.log.read_text())]
     chunks = sizes[sizes.index(4096) :]
-    assert sum(chunks) >= 14000 and chunks[:-1] == [4096] + [512] * (len(chunks) - 2)
+    assert sum(chunks) >= 14000 and chunks[:2] == [4096, 512]
+    assert all(512 <= size <= 2 * before for before, size in pairwise(chunks[1:-1]))
 
 
 def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tmp_path):

@@ -15,7 +15,7 @@ from rheoserve_sgl.coordinator.coordinator import LONG_PREFILL
 from rheoserve_sgl.coordinator.working_set import UNKNOWN
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
-from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, Pace
+from rheoserve_sgl.runtime.pace import FILLED, HELD, LEAST_CHUNK, Pace
 from rheoserve_sgl.runtime.ranks import largest
 from rheoserve_sgl.runtime.slots import Slots, divisible
 from rheoserve_sgl.runtime.step_clock import TIMED_STEPS, StepClock
@@ -82,6 +82,7 @@ class Controller:
         # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
         self._joined, self._changed, self._most = math.inf, True, 0
         self._predicted = 0.0
+        self._stopped = False  # a prefilled request had room, and the objective did not allow it
 
     @classmethod
     def of(cls, scheduler) -> "Controller | None":
@@ -119,17 +120,28 @@ class Controller:
 
     def chunk_size(self) -> int | None:
         """Tokens of the next chunk beside those that decode; None: prompts are not cut."""
-        clock = self.clock
-        if self.pace.learns and clock.chunks != self._chunks:
-            self._chunks = clock.chunks
-            took = [clock.usual_seconds, clock.chunk_seconds, clock.chunk_tokens]
+        chunks = self.clock.chunks
+        if self.pace.learns and chunks.count != self._chunks:
+            self._chunks = chunks.count
+            took = [self.clock.usual_seconds, chunks.fixed, chunks.each]
             if self.scheduler.ps.tp_size > 1:  # they come here for the same chunk
                 took = largest(took, self.scheduler.tp_cpu_group)
             self.pace.learn(*took)
         return self.pace.chunk
 
-    def prefilled(self, tokens: int):
-        """A batch of a prefill of so many tokens is about to run."""
+    def holds_prompts(self) -> bool:
+        """Whether no further prompt is begun: prefilled requests wait already, because the objective lets no more
+        decode at once, and the time of another's tokens would count while it waited with them."""
+        return self._stopped and self.scheduler.chunked_req is None
+
+    def prefilled(self, tokens: int, beside: bool):
+        """A batch of a prefill of so many tokens is about to run.
+
+        Args:
+            beside: whether others decode, which it holds up
+        """
+        if beside:
+            self.pace.held(tokens)
         self._owed = self.pace.between
         if tokens >= LONG_PREFILL:  # meanwhile their blocks come
             for request in self._coming:
@@ -137,19 +149,21 @@ class Controller:
 
     def rest(self):
         """The last request has ended."""
-        self._decoding, self._joined, self._changed = [], math.inf, True
+        self._decoding, self._joined, self._changed, self._stopped = [], math.inf, True, False
         self._expect([])
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 
     def prepare(self, batch):
         """Make a decode step of some or all requests of the running batch ready, instead of `prepare_for_decode`."""
         self._owed = max(self._owed - 1, 0)
+        self.pace.stepped()
         self._learn()
         known = [Transaction.of(request) for request in batch.reqs]
         for request, one in zip(batch.reqs, known, strict=True):
             one.limit = self._pool.limits.of(request.req_pool_idx)
             one.need = min(one.measured or GUESS * one.limit, self._pages(request))
         rows, coming = list(range(len(known))), []
+        self._stopped = False
         if self.admission is not None and divisible(batch):
             rows, coming = self._choose(batch.reqs, known)
         if len(rows) == len(known):
@@ -199,9 +213,11 @@ class Controller:
             nonlocal allowed, pages, selected
             if objective is None:
                 return True
-            own = self._pages(requests[row])
-            more = (allowed + 1, pages + own, selected + min(Transaction.of(requests[row]).limit, own))
-            if allowed and 1000 * self._coordinator.latency.predict(self._load(*more)) > FILLED * objective:
+            own, one = self._pages(requests[row]), Transaction.of(requests[row])
+            more = (allowed + 1, pages + own, selected + min(one.limit, own))
+            most = objective * (HELD if one.state == "decoding" else FILLED)
+            if allowed and 1000 * self._coordinator.latency.predict(self._load(*more)) > most:
+                self._stopped = True
                 return False
             allowed, pages, selected = more
             return True

@@ -42,19 +42,20 @@ def get_new_batch_prefill(original, scheduler, running_batch):
     controller = Controller.of(scheduler)
     if controller is None:
         return original(scheduler, running_batch)
-    if controller.owes_decode(running_batch):
+    beside = not running_batch.is_empty()
+    if controller.owes_decode(running_batch) or (beside and controller.holds_prompts()):
         from sglang.srt.managers.schedule_batch import NextBatchPlan
 
         return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
     chunk = scheduler.chunked_prefill_size
-    if not running_batch.is_empty():
+    if beside:
         scheduler.chunked_prefill_size = controller.chunk_size()
     try:
         plan = original(scheduler, running_batch)
     finally:
         scheduler.chunked_prefill_size = chunk
     if plan.batch_to_run is not None:
-        controller.prefilled(plan.batch_to_run.extend_num_tokens)
+        controller.prefilled(plan.batch_to_run.extend_num_tokens, beside)
     return plan
 
 

@@ -3,12 +3,10 @@
 import time
 from collections import deque
 
+from rheoserve_sgl.runtime.chunk_time import FAR_OFF, ChunkTime
+
 DECODE, PREFILL, NOTHING = "decode", "prefill", "nothing"
 TIMED_STEPS = 8  # a window has at least so many, or it tells nothing about time
-BLEND = 0.3  # of a new measurement of a chunk in the running mean
-# An iteration counts as at most so many times the mean: the loop may be held up by something else, a paused server or
-# new weights.
-FAR_OFF = 10
 
 
 class StepClock:
@@ -16,8 +14,7 @@ class StepClock:
     before; without it, for the batch itself.
 
     steps, seconds: decode steps since `restart`, and what they took
-    chunks: batches of a prefill that were timed
-    chunk_seconds, chunk_tokens: of one, running means; 0.0 before the first
+    chunks: what batches of a prefill took
 
     Args:
         least: tokens of a prefill that tell something about larger ones
@@ -28,7 +25,7 @@ class StepClock:
         self._launched: deque[str] = deque(maxlen=self._lag)
         self._tokens: deque[int] = deque(maxlen=self._lag)  # of those batches
         self._began = None
-        self.chunks, self.chunk_seconds, self.chunk_tokens, self._usual = 0, 0.0, 0.0, 0.0
+        self.chunks, self._usual = ChunkTime(), 0.0
         self.steps, self.seconds = 0, 0.0
         self.restart()
 
@@ -47,22 +44,12 @@ class StepClock:
         took = now - before
         if self._launched[0] == PREFILL:
             if self._tokens[0] >= self._least:
-                self._learn_chunk(took, self._tokens[0])
+                self.chunks.observe(took, self._tokens[0])
         elif self._skip:
             self._skip -= 1
         elif PREFILL not in self._launched:
             usual = self.usual_seconds
             self.steps, self.seconds = self.steps + 1, self.seconds + (min(took, FAR_OFF * usual) if usual else took)
-
-    def _learn_chunk(self, took: float, tokens: int):
-        self.chunks += 1
-        blend, mean = BLEND, self.chunk_seconds
-        if mean:
-            took = min(took, FAR_OFF * mean * max(tokens / self.chunk_tokens, 1.0))
-        else:
-            blend = 1.0
-        self.chunk_seconds += blend * (took - mean)
-        self.chunk_tokens += blend * (tokens - self.chunk_tokens)
 
     def launched(self, what: str, tokens: int = 0):
         """The iteration launches a batch, of a prefill of so many tokens."""
