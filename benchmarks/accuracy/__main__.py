@@ -58,13 +58,14 @@ def frames(context: int) -> list[str]:
 def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Asked, parallel: int) -> list[dict]:
     """Rows of the table for one server."""
     rows, least = [], client.least_budget()
+    seeds = range(args.first_seed, args.first_seed + args.samples)
     for name, fixed, share in asked:
         for context in contexts:
             budget = None if share is None else max(int(context * share) // 64 * 64, least)
             options = fixed if budget is None else {"token_budget": budget}
             row = {"system": name, "context": context, "budget": budget}
             with ThreadPoolExecutor(parallel) as pool:
-                asking = {task: ask(pool, client, texts, task, context, args.samples, options) for task in args.tasks}
+                asking = {task: ask(pool, client, texts, task, context, seeds, options) for task in args.tasks}
                 losses = next_token_losses(pool, client.url, texts, context, args, options)
                 for task, told in asking.items():
                     told = [one for of_sample in told for one in of_sample]
@@ -79,7 +80,7 @@ def measure(client: Client, texts: Texts, args, contexts: list[int], asked: Aske
     return rows
 
 
-def ask(pool: ThreadPoolExecutor, client: Client, texts: Texts, task: str, context: int, samples: int, options: dict):
+def ask(pool: ThreadPoolExecutor, client: Client, texts: Texts, task: str, context: int, samples: range, options: dict):
     """What was answered in the turns of each sample of one task; requests go out at once."""
 
     def turns(seed: int) -> list[dict]:
@@ -89,7 +90,7 @@ def ask(pool: ThreadPoolExecutor, client: Client, texts: Texts, task: str, conte
             for turn, answer in zip(sample.turns, client.answers(sample, options), strict=True)
         ]
 
-    return pool.map(turns, range(samples))
+    return pool.map(turns, samples)
 
 
 def keep_wrong(path: Path | None, row: dict, wrong: list[dict]):
@@ -109,7 +110,8 @@ def next_token_losses(pool: ThreadPoolExecutor, url: str, texts: Texts, context:
         split = len(tokens) - args.loss_tokens
         return forced_losses(url, tokens[:split], tokens[split:], options)[1:]
 
-    return pool.map(losses, range(max(args.samples // 4, 1) if args.loss_tokens else 0))
+    count = max(args.samples // 4, 1) if args.loss_tokens else 0
+    return pool.map(losses, range(args.first_seed, args.first_seed + count))
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -123,6 +125,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--selectors", nargs="+", help="default: seer where there is a gate, quest, mean")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--samples", type=int, default=20, help="of each task at each context")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the samples, which have one after another")
     parser.add_argument(
         "--loss-tokens", type=int, default=256, help="of each text; 0: no loss. A quarter of the samples"
     )
