@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rheoserve_sgl.runtime.chunk_time import ChunkTime
-from rheoserve_sgl.runtime.pace import LEAST_CHUNK, MOST_BETWEEN, SAVED, STALL, USEFUL, Pace
+from rheoserve_sgl.runtime.pace import HOPELESS, LEAST_CHUNK, MOST_BETWEEN, SAVED, STALL, USEFUL, Pace
 
 
 class Machine:
@@ -77,7 +77,7 @@ def test_an_objective_that_cannot_be_kept_leaves_no_debts():
     pace = Pace(8, 2048, 0.02)
     machine = Machine(pace, 0.03, 0.0, 2e4)
     machine.prefill(50)
-    assert pace.between == MOST_BETWEEN
+    assert pace.between == HOPELESS
     machine.step = 0.005
     machine.prefill(2)
     assert pace.between == 8
@@ -111,7 +111,7 @@ def test_before_the_first_chunk_there_is_nothing_to_learn_and_whole_prompts_stay
     assert pace.chunk is None and pace.between == 20
     pace.learn(0.03, 0.02, 0.00002)  # steps alone take longer
     pace.held(9000)
-    assert pace.between == MOST_BETWEEN
+    assert pace.between == HOPELESS
 
 
 def test_small_chunks_that_a_user_asked_for_stay_as_they_are():

@@ -82,7 +82,8 @@ class Controller:
         # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
         self._joined, self._changed, self._most = math.inf, True, 0
         self._predicted = 0.0
-        self._stopped = False  # a prefilled request had room, and the objective did not allow it
+        # Of the last choice by an objective: whom it allowed, as `_with` has it, and whether it stopped one with room.
+        self._allowed, self._stopped = (0, 0, 0), False
 
     @classmethod
     def of(cls, scheduler) -> "Controller | None":
@@ -130,9 +131,12 @@ class Controller:
         return self.pace.chunk
 
     def holds_prompts(self) -> bool:
-        """Whether no further prompt is begun: prefilled requests wait already, because the objective lets no more
-        decode at once, and the time of another's tokens would count while it waited with them."""
-        return self._stopped and self.scheduler.chunked_req is None
+        """Whether no further prompt is begun, because the objective would not let it decode beside the others: better
+        that its first token comes late than that it waits for its second."""
+        queue, objective = self.scheduler.waiting_queue, self._config.tpot_slo_ms
+        if objective is None or not queue or not self._allowed[0] or self.scheduler.chunked_req is not None:
+            return False
+        return self._stopped or not self._keeps(self._with(self._allowed, queue[0]), FILLED * objective)
 
     def prefilled(self, tokens: int, beside: bool):
         """A batch of a prefill of so many tokens is about to run.
@@ -149,7 +153,8 @@ class Controller:
 
     def rest(self):
         """The last request has ended."""
-        self._decoding, self._joined, self._changed, self._stopped = [], math.inf, True, False
+        self._decoding, self._joined, self._changed = [], math.inf, True
+        self._allowed, self._stopped = (0, 0, 0), False
         self._expect([])
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 
@@ -163,7 +168,7 @@ class Controller:
             one.limit = self._pool.limits.of(request.req_pool_idx)
             one.need = min(one.measured or GUESS * one.limit, self._pages(request))
         rows, coming = list(range(len(known))), []
-        self._stopped = False
+        self._allowed, self._stopped = (0, 0, 0), False
         if self.admission is not None and divisible(batch):
             rows, coming = self._choose(batch.reqs, known)
         if len(rows) == len(known):
@@ -207,22 +212,32 @@ class Controller:
     def _objective(self, requests):
         """Tells, by its row, whether one more is allowed: whether a step of it and all that were allowed before is
         predicted to take no longer than it may, and leaves time for chunks. The first always is."""
-        objective, allowed, pages, selected = self._config.tpot_slo_ms, 0, 0, 0
+        objective = self._config.tpot_slo_ms
+        self._allowed = (0, 0, 0)
 
         def allows(row: int) -> bool:
-            nonlocal allowed, pages, selected
             if objective is None:
                 return True
-            own, one = self._pages(requests[row]), Transaction.of(requests[row])
-            more = (allowed + 1, pages + own, selected + min(one.limit, own))
-            most = objective * (HELD if one.state == "decoding" else FILLED)
-            if allowed and 1000 * self._coordinator.latency.predict(self._load(*more)) > most:
+            more, first = self._with(self._allowed, requests[row]), not self._allowed[0]
+            decodes = Transaction.of(requests[row]).state == "decoding"
+            if not first and not self._keeps(more, (HELD if decodes else FILLED) * objective):
                 self._stopped = True
                 return False
-            allowed, pages, selected = more
+            self._allowed = more
             return True
 
         return allows
+
+    def _with(self, load: tuple[int, int, int], request) -> tuple[int, int, int]:
+        """One more in (requests, their pages, those that each KV head selects)."""
+        requests, pages, selected = load
+        own = self._pages(request)
+        limit = self._config.budget_pages if request.req_pool_idx is None else Transaction.of(request).limit
+        return requests + 1, pages + own, selected + min(limit, own)
+
+    def _keeps(self, load: tuple[int, int, int], most: float) -> bool:
+        """Whether a step of these is predicted to take no more milliseconds."""
+        return 1000 * self._coordinator.latency.predict(self._load(*load)) <= most
 
     def _pages(self, request) -> int:
         tokens = len(request.origin_input_ids) + len(request.output_ids)

@@ -10,12 +10,13 @@ import math
 
 from rheoserve_sgl import PAGE_TOKENS
 
-MOST_BETWEEN = 64  # decode steps between two batches of a prefill, whatever the objective asks for
+MOST_BETWEEN = 256  # decode steps between two batches of a prefill, for an objective that steps alone keep
+HOPELESS = 64  # for one that they do not
 STALL = 8  # a chunk holds up those that decode for as many tokens' time, at most,
 USEFUL = 0.75  # but so much of its time is for its own tokens, at least
 LEAST_CHUNK = 512  # tokens
 FASTEST = 2  # a chunk becomes at most so many times as large at once
-FILLED, HELD = 0.85, 0.95  # of a token's time may go to a decode step, where one joins, where none does
+FILLED, HELD = 0.85, 1.0  # of a token's time may go to a decode step, where one joins, where none does
 SAVED = 1024  # decode steps whose time to spare is kept: some part of a long answer
 
 
@@ -63,5 +64,5 @@ class Pace:
         owed = self._fixed + self._each * tokens - self._saved
         # An objective that cannot be kept leaves no debts for when it can.
         self._saved = -min(owed, MOST_BETWEEN * max(spare, 0.0))
-        steps = 0 if owed <= 0 else MOST_BETWEEN if spare <= 0 else math.ceil(owed / spare)
-        self.between = min(max(steps, self._least), MOST_BETWEEN)
+        steps = 0 if owed <= 0 else HOPELESS if spare <= 0 else min(math.ceil(owed / spare), MOST_BETWEEN)
+        self.between = max(steps, self._least)
