@@ -76,10 +76,10 @@ def test_the_clock_gives_each_batch_its_own_time(overlap):
         queue.append(kind)
         if not overlap or len(queue) > 1:
             time.now += took[queue.pop(0)]
-    assert clock.chunks.seconds == pytest.approx(10.0) and clock.chunks.tokens == 512
+    assert clock.chunk_seconds == pytest.approx(10.0) and clock.chunk_tokens == 512
     assert clock.step_seconds == pytest.approx(1.0) and clock.steps >= 10
     clock.restart()
-    assert clock.steps == 0 and clock.step_seconds == 0.0 and clock.chunks.seconds == pytest.approx(10.0)
+    assert clock.steps == 0 and clock.step_seconds == 0.0 and clock.chunk_seconds == pytest.approx(10.0)
 
 
 def test_a_paused_server_makes_no_long_step_and_long_chunks_are_learnt():
@@ -97,11 +97,30 @@ def test_a_paused_server_makes_no_long_step_and_long_chunks_are_learnt():
     iterations(DECODE, 1.0, 500.0, *[1.0] * 20)
     assert clock.step_seconds < 1.6
     iterations(PREFILL, *[0.1] * 5, *[4.0] * 20)
-    assert clock.chunks.seconds == pytest.approx(4.0, rel=0.05)
+    assert clock.chunk_seconds == pytest.approx(4.0, rel=0.05)
     iterations(PREFILL, *[400.0] * 3, tokens=10000)  # far longer, for as many more tokens
-    assert clock.chunks.seconds / clock.chunks.tokens == pytest.approx(0.04, rel=0.05)
+    assert clock.chunk_seconds / clock.chunk_tokens == pytest.approx(0.04, rel=0.05)
     iterations(PREFILL, 1e6, tokens=10000)
-    assert clock.chunks.seconds < 2000
+    assert clock.chunk_seconds < 2000
+
+
+def test_a_chunk_that_begins_beside_the_step_in_front_of_it_takes_that_time_too():
+    """With overlap a chunk is launched while a step runs; launching takes longer than the step, and some of it has run."""
+    time = Time()
+    clock = StepClock(True, time)
+    for kind, took in [(DECODE, 1.0)] * 12 + [
+        (PREFILL, 3.0),
+        (DECODE, 7.0),
+        (DECODE, 1.0),
+        (PREFILL, 0.5),
+        (DECODE, 9.0),
+    ]:
+        clock.tick()
+        clock.launched(kind, 512 if kind == PREFILL else 0)
+        time.now += took
+    assert clock.chunk_seconds == pytest.approx(2.0 + 7.0)
+    clock.tick()
+    assert clock.chunk_seconds == pytest.approx(9.0) and clock.step_seconds == pytest.approx(1.0)
 
 
 def test_a_few_tokens_say_nothing_of_a_chunk():
@@ -111,4 +130,4 @@ def test_a_few_tokens_say_nothing_of_a_chunk():
         clock.tick()
         clock.launched(PREFILL, tokens)
         time.now += took
-    assert (clock.chunks.count, clock.chunks.seconds, clock.chunks.tokens) == (1, 1.0, 512)
+    assert (clock.chunks, clock.chunk_seconds, clock.chunk_tokens) == (1, 1.0, 512)

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -126,27 +127,50 @@ def test_a_long_prompt_does_not_stop_those_that_decode(server):
 
 
 def test_chunks_become_small_where_tokens_must_not_take_long(checkpoints, tmp_path):
-    """No chunk is as fast as this objective asks for: after the first comes one of the least size, and chunks grow
-    slowly from there, if a part of their time does not depend on it."""
+    """The first one holds up the others for far longer than eight tokens may take; later ones grow slowly, if a part of
+    their time does not depend on them."""
     short, long = random_prompts(68, [40, 14000])
-    flags = ["--chunked-prefill-size", "4096", "--rheoserve-admission", "on", "--rheoserve-tpot-slo-ms", "1"]
+    flags = ["--chunked-prefill-size", "4096", "--rheoserve-admission", "on", "--rheoserve-tpot-slo-ms", "60"]
     with rheo_server(checkpoints.path(), [*flags, "--context-length", "16384"], tmp_path) as server:
-        sampling = {"temperature": 0, "max_new_tokens": 16000, "ignore_eos": True}
-        body = {"input_ids": short, "rid": "short", "sampling_params": sampling}
-        asking = threading.Thread(target=server.post, args=("/generate", body))
-        asking.start()
-        deadline = time.time() + 60
-        while server.rheo()["decode_steps"] < 20:
-            assert time.time() < deadline, "the short prompt does not decode"
-            time.sleep(0.05)
-        server.tokens([long], 1)
-        assert asking.is_alive()
-        server.post("/abort_request", {"rid": "short"})
-        asking.join(60)
+        with decoding(server, short):
+            server.tokens([long], 1)
         sizes = [int(found) for found in re.findall(r"#new-token: (\d+)", server.log.read_text())]
     chunks = sizes[sizes.index(4096) :]
-    assert sum(chunks) >= 14000 and chunks[:2] == [4096, 512]
+    assert sum(chunks) >= 14000 and chunks[0] == 4096 and 512 <= chunks[1] < 4096
     assert all(512 <= size <= 2 * before for before, size in pairwise(chunks[1:-1]))
+
+
+def test_a_prompt_waits_at_the_door_where_tokens_must_not_take_long(checkpoints, dense, tmp_path):
+    """No step is as fast as this objective asks for: one request decodes at once, and the next is not begun."""
+    flags = ["--rheoserve-admission", "on", "--rheoserve-tpot-slo-ms", "1"]
+    prompts = random_prompts(69, [40, 700, 100])
+    with rheo_server(checkpoints.path(), flags, tmp_path) as server:
+        with decoding(server, prompts[0]), ThreadPoolExecutor() as pool:
+            others = pool.map(lambda prompt: server.tokens([prompt], 20)[0], prompts[1:])
+            with Watch(server) as seen:
+                time.sleep(5)
+            assert seen[-1]["registered"] == 2 and not any(one["waiting"] or one["prefilling"] for one in seen)
+        assert list(others) == dense.tokens(prompts[1:], 20)
+        assert server.settle()["host_pages_used"] == 0
+
+
+@contextmanager
+def decoding(server, prompt: list[int]):
+    """Within, a request decodes; then it is aborted."""
+    sampling = {"temperature": 0, "max_new_tokens": 16000, "ignore_eos": True}
+    body = {"input_ids": prompt, "rid": "decodes", "sampling_params": sampling}
+    asking = threading.Thread(target=server.post, args=("/generate", body))
+    asking.start()
+    try:
+        deadline = time.time() + 60
+        while server.rheo()["decode_steps"] < 20:
+            assert time.time() < deadline, "the prompt does not decode"
+            time.sleep(0.05)
+        yield
+        assert asking.is_alive()
+    finally:
+        server.post("/abort_request", {"rid": "decodes"})
+        asking.join(60)
 
 
 def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tmp_path):

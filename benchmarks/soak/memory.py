@@ -3,7 +3,6 @@
 import threading
 
 import psutil
-import pynvml
 import torch
 
 EVERY = 2.0  # seconds between looks
@@ -11,9 +10,9 @@ MB = 10**6
 
 
 class MemoryWatch:
-    """Looks at the memory of a process and its children, resident and on GPUs, until it is closed.
+    """Looks at the resident memory of a process and its children, and at what is used of the GPU, until it is closed.
 
-    bytes: at each look; "device" where there is a GPU: of all its processes, if the driver does not tell whose it is
+    bytes: at each look; "device", where there is a GPU, is of all its processes
     error: what ended the looking, if anything did
     """
 
@@ -23,7 +22,6 @@ class MemoryWatch:
         self.error: Exception | None = None
         if torch.cuda.is_available():
             torch.cuda.mem_get_info()  # takes some of the GPU's memory itself: now, not at the first look
-            pynvml.nvmlInit()
             self.bytes["device"] = []
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -38,42 +36,29 @@ class MemoryWatch:
     def _look(self):
         try:
             while not self._stop.wait(EVERY):
-                family = self._family()
-                self.bytes["host"].append(sum(map(resident, family)))
+                self.bytes["host"].append(self._resident())
                 if "device" in self.bytes:
-                    self.bytes["device"].append(on_devices({process.pid for process in family}))
+                    free, total = torch.cuda.mem_get_info()
+                    self.bytes["device"].append(total - free)
         except Exception as error:  # told by whoever asks for the figures
             self.error = error
 
-    def _family(self) -> list[psutil.Process]:
+    def _resident(self) -> int:
+        total, found = 0, [self._process]
         try:
-            return [self._process, *self._process.children(recursive=True)]
+            found += self._process.children(recursive=True)
         except psutil.NoSuchProcess:
-            return [self._process]
+            pass
+        for process in found:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                pass
+        return total
 
     def growth(self) -> dict[str, dict]:
         """Of each memory: see `growth`."""
         return {name: growth(looks) for name, looks in self.bytes.items()}
-
-
-def resident(process: psutil.Process) -> int:
-    try:
-        return process.memory_info().rss
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def on_devices(pids: set[int]) -> int:
-    """Bytes of these processes on all GPUs."""
-    used = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        for one in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
-            if one.pid in pids and one.usedGpuMemory is not None:
-                used.append(one.usedGpuMemory)
-    if used:
-        return sum(used)
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def growth(looks: list[int]) -> dict:

@@ -15,7 +15,7 @@ from rheoserve_sgl.coordinator.coordinator import LONG_PREFILL
 from rheoserve_sgl.coordinator.working_set import UNKNOWN
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
-from rheoserve_sgl.runtime.pace import FILLED, HELD, LEAST_CHUNK, Pace
+from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, LEAST_CHUNK_GPU, Pace
 from rheoserve_sgl.runtime.ranks import largest
 from rheoserve_sgl.runtime.slots import Slots, divisible
 from rheoserve_sgl.runtime.step_clock import TIMED_STEPS, StepClock
@@ -69,9 +69,9 @@ class Controller:
         objective = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1000
         # Mixed batches decode while they prefill.
         between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
-        self.pace = Pace(between, chunk, objective)
+        self.pace = Pace(between, chunk, objective, LEAST_CHUNK_GPU if pool.importance.is_cuda else LEAST_CHUNK)
         self._chunks = 0  # the pace has learnt from
-        self._owed = 0  # decode steps before the next batch of a prefill
+        self._step = 0.0  # seconds of a decode step, of late
         self._measured = 0  # of the working sets' measurements, those taken in
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
@@ -82,8 +82,6 @@ class Controller:
         # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
         self._joined, self._changed, self._most = math.inf, True, 0
         self._predicted = 0.0
-        # Of the last choice by an objective: whom it allowed, as `_with` has it, and whether it stopped one with room.
-        self._allowed, self._stopped = (0, 0, 0), False
 
     @classmethod
     def of(cls, scheduler) -> "Controller | None":
@@ -100,11 +98,11 @@ class Controller:
 
     def owes_decode(self, batch) -> bool:
         """Whether the running batch decodes before a prefill goes on."""
-        if not self._owed or batch.is_prefill_only or all(one.finished() for one in batch.reqs):
+        if not self.pace.waits or batch.is_prefill_only or all(one.finished() for one in batch.reqs):
             return False
         if not self._leaves_room(batch):
-            self._owed = 0
-        return bool(self._owed)
+            self.pace.go()
+        return self.pace.waits
 
     def _leaves_room(self, batch) -> bool:
         """Whether a chunked prompt still fits after a step of the running batch.
@@ -121,22 +119,34 @@ class Controller:
 
     def chunk_size(self) -> int | None:
         """Tokens of the next chunk beside those that decode; None: prompts are not cut."""
-        chunks = self.clock.chunks
-        if self.pace.learns and chunks.count != self._chunks:
-            self._chunks = chunks.count
-            took = [self.clock.usual_seconds, chunks.fixed, chunks.each]
+        clock = self.clock
+        if self.pace.learns and clock.chunks != self._chunks:
+            self._chunks = clock.chunks
+            took = [clock.chunk_seconds, clock.chunk_tokens]
             if self.scheduler.ps.tp_size > 1:  # they come here for the same chunk
                 took = largest(took, self.scheduler.tp_cpu_group)
             self.pace.learn(*took)
         return self.pace.chunk
 
-    def holds_prompts(self) -> bool:
-        """Whether no further prompt is begun, because the objective would not let it decode beside the others: better
-        that its first token comes late than that it waits for its second."""
-        queue, objective = self.scheduler.waiting_queue, self._config.tpot_slo_ms
-        if objective is None or not queue or not self._allowed[0] or self.scheduler.chunked_req is not None:
-            return False
-        return self._stopped or not self._keeps(self._with(self._allowed, queue[0]), FILLED * objective)
+    def room(self, batch) -> int | None:
+        """Prompts that may be in the next batch of a prefill: those that the objective would let decode beside what was
+        prefilled or is being; None: any. A first token comes rather late than that its request waits for the second.
+
+        Args:
+            batch: the running batch
+        """
+        if self._config.tpot_slo_ms is None or self.admission is None or batch.is_empty():
+            return None
+        begun = self.scheduler.chunked_req
+        load, count = (0, 0, 0), 0
+        for request in [*batch.reqs, *([begun] if begun else [])]:
+            load = self._with(load, request)
+        for request in self.scheduler.waiting_queue:
+            load = self._with(load, request)
+            if not self._keeps(load, FILLED):
+                break
+            count += 1
+        return count + (begun is not None)
 
     def prefilled(self, tokens: int, beside: bool):
         """A batch of a prefill of so many tokens is about to run.
@@ -144,9 +154,7 @@ class Controller:
         Args:
             beside: whether others decode, which it holds up
         """
-        if beside:
-            self.pace.held(tokens)
-        self._owed = self.pace.between
+        self.pace.held(tokens if beside else 0)
         if tokens >= LONG_PREFILL:  # meanwhile their blocks come
             for request in self._coming:
                 Transaction.of(request).coming = self._load_steps
@@ -154,23 +162,21 @@ class Controller:
     def rest(self):
         """The last request has ended."""
         self._decoding, self._joined, self._changed = [], math.inf, True
-        self._allowed, self._stopped = (0, 0, 0), False
+        self.pace.rest()
         self._expect([])
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 
     def prepare(self, batch):
         """Make a decode step of some or all requests of the running batch ready, instead of `prepare_for_decode`."""
-        self._owed = max(self._owed - 1, 0)
-        self.pace.stepped()
+        self.pace.stepped(self._step)
         self._learn()
         known = [Transaction.of(request) for request in batch.reqs]
         for request, one in zip(batch.reqs, known, strict=True):
             one.limit = self._pool.limits.of(request.req_pool_idx)
             one.need = min(one.measured or GUESS * one.limit, self._pages(request))
         rows, coming = list(range(len(known))), []
-        self._allowed, self._stopped = (0, 0, 0), False
         if self.admission is not None and divisible(batch):
-            rows, coming = self._choose(batch.reqs, known)
+            rows, coming = self._choose(batch, known)
         if len(rows) == len(known):
             self.slots.prepare_whole(batch)
         else:
@@ -178,8 +184,9 @@ class Controller:
         self._mark(batch.reqs, known, rows)
         self._expect([batch.reqs[row] for row in coming])
 
-    def _choose(self, requests, known: list[Transaction]) -> tuple[list[int], list[int]]:
+    def _choose(self, batch, known: list[Transaction]) -> tuple[list[int], list[int]]:
         """The rows that decode, and those that have their room and join soon."""
+        requests = batch.reqs
         for one in known:
             if one.age is None:
                 one.age, self._ages = self._ages, self._ages + 1
@@ -198,7 +205,7 @@ class Controller:
             )
             for row in order
         ]
-        more_coming = bool(scheduler.waiting_queue) or scheduler.chunked_req is not None
+        more_coming = scheduler.chunked_req is not None or (bool(scheduler.waiting_queue) and self.room(batch) != 0)
         chosen = self.admission.choose(candidates, more_coming, self._objective(by_age))
         return tuple(sorted(order[place] for place in places) for places in (chosen, self.admission.coming))
 
@@ -211,19 +218,18 @@ class Controller:
 
     def _objective(self, requests):
         """Tells, by its row, whether one more is allowed: whether a step of it and all that were allowed before is
-        predicted to take no longer than it may, and leaves time for chunks. The first always is."""
-        objective = self._config.tpot_slo_ms
-        self._allowed = (0, 0, 0)
+        predicted to leave time for chunks, or, if it decodes already, to take no longer than it may. The first is."""
+        allowed = (0, 0, 0)
 
         def allows(row: int) -> bool:
-            if objective is None:
+            nonlocal allowed
+            if self._config.tpot_slo_ms is None:
                 return True
-            more, first = self._with(self._allowed, requests[row]), not self._allowed[0]
+            more = self._with(allowed, requests[row])
             decodes = Transaction.of(requests[row]).state == "decoding"
-            if not first and not self._keeps(more, (HELD if decodes else FILLED) * objective):
-                self._stopped = True
+            if allowed[0] and not self._keeps(more, 1.0 if decodes else FILLED):
                 return False
-            self._allowed = more
+            allowed = more
             return True
 
         return allows
@@ -231,13 +237,13 @@ class Controller:
     def _with(self, load: tuple[int, int, int], request) -> tuple[int, int, int]:
         """One more in (requests, their pages, those that each KV head selects)."""
         requests, pages, selected = load
-        own = self._pages(request)
-        limit = self._config.budget_pages if request.req_pool_idx is None else Transaction.of(request).limit
+        own, slot = self._pages(request), request.req_pool_idx
+        limit = self._config.budget_pages if slot is None else self._pool.limits.of(slot)
         return requests + 1, pages + own, selected + min(limit, own)
 
-    def _keeps(self, load: tuple[int, int, int], most: float) -> bool:
-        """Whether a step of these is predicted to take no more milliseconds."""
-        return 1000 * self._coordinator.latency.predict(self._load(*load)) <= most
+    def _keeps(self, load: tuple[int, int, int], share: float) -> bool:
+        """Whether a step of these is predicted to take no more than this share of the objective."""
+        return 1000 * self._coordinator.latency.predict(self._load(*load)) <= share * self._config.tpot_slo_ms
 
     def _pages(self, request) -> int:
         tokens = len(request.origin_input_ids) + len(request.output_ids)
@@ -275,6 +281,7 @@ class Controller:
         if ranks > 1:  # each has other KV heads; they come here at the same step
             found = largest(found, self.scheduler.tp_cpu_group)
         *needs, visited, selected, step = found
+        self._step = step or self._step
         for request in self._decoding:
             one = Transaction.of(request)
             slot = request.req_pool_idx
@@ -348,7 +355,10 @@ class Controller:
                 one.steps, one.coming = one.steps + 1, 0
         now = [requests[row] for row in rows]
         if now != self._decoding:
-            self._joined += len(set(now) - set(self._decoding))
+            new = len(set(now) - set(self._decoding))
+            self._joined += new
+            if now:
+                self.pace.joined(new, len(now))
             self._changed, self._most = True, max(self._most, len(now))
             self._decoding, self._predicted = now, 0.0
             self.clock.restart()

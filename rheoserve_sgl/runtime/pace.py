@@ -1,68 +1,81 @@
-"""The pace of prefill beside those that decode: how many of their steps come between its chunks, and how large a chunk
-is, where there is an objective for the time that a token takes on average.
+"""The pace of prefill beside those that decode, where there is an objective for the time that a token takes on average:
+when the next chunk may hold them up, and how large it is.
 
 The time that tokens need less than the objective is saved up, and chunks are paid with it: while enough is saved they
-follow one another as without an objective. A chunk is as small as is good for those that it holds up, but not so small
-that the prompt takes much longer for it, which would hold them up more in the end.
+follow one another as without an objective.
 """
-
-import math
 
 from rheoserve_sgl import PAGE_TOKENS
 
-MOST_BETWEEN = 256  # decode steps between two batches of a prefill, for an objective that steps alone keep
-HOPELESS = 64  # for one that they do not
-STALL = 8  # a chunk holds up those that decode for as many tokens' time, at most,
-USEFUL = 0.75  # but so much of its time is for its own tokens, at least
-LEAST_CHUNK = 512  # tokens
-FASTEST = 2  # a chunk becomes at most so many times as large at once
-FILLED, HELD = 0.85, 1.0  # of a token's time may go to a decode step, where one joins, where none does
-SAVED = 1024  # decode steps whose time to spare is kept: some part of a long answer
+MOST_BETWEEN = 128  # decode steps between two batches of a prefill, whatever the objective asks for
+STALL = 8  # a chunk holds up those that decode for as many tokens' time, at most
+# Tokens of a chunk, at least. On a GPU what a chunk takes besides (launching its layers, staging the prefix) is as much
+# as a thousand tokens, so smaller ones would hold the others up for longer in the end.
+LEAST_CHUNK, LEAST_CHUNK_GPU = 512, 2048
+FASTEST = 2  # a chunk becomes at most so many times as large at once: its time does not follow its size exactly
+FILLED = 0.85  # of a token's time may go to a decode step where one joins; the rest is for chunks
+SAVED = 1024  # tokens whose time for chunks is kept, at most: some part of a long answer
 
 
 class Pace:
     """Told the same on all ranks of a tensor-parallel group, it says the same.
 
-    between: decode steps before the next batch of a prefill
     chunk: tokens of a chunk while others decode; None: prompts are not cut
 
     Args:
-        between: decode steps, at least; 0: prefill never waits
+        between: decode steps between two batches of a prefill, at least; 0: prefill never waits
         chunk: tokens, at most
         objective: seconds that a token may take on average; None: any
+        least: tokens of a chunk, at least
     """
 
-    def __init__(self, between: int, chunk: int | None, objective: float | None):
-        self._least, self._most, self._objective = between, chunk, objective
-        self.between, self.chunk = between, chunk
+    def __init__(self, between: int, chunk: int | None, objective: float | None, least: int = LEAST_CHUNK):
+        self._between, self._most, self._objective, self._least = between, chunk, objective, least
+        self.chunk = chunk
         self.learns = objective is not None and between > 0
-        self._step = self._fixed = self._each = 0.0
-        self._saved = 0.0  # seconds
+        self._bound = SAVED * (1 - FILLED) * objective if self.learns else 0.0
+        self._each = 0.0  # seconds of a token of a prompt
+        self._saved = 0.0  # seconds; below zero: owed
+        self._steps = between  # since the last batch of a prefill
 
-    def learn(self, step: float, fixed: float, each: float):
-        """Take in the seconds of a decode step, of a chunk beside its tokens, and of each of its tokens, of late."""
-        if not self.learns or not each:
+    @property
+    def waits(self) -> bool:
+        """Whether those that decode go on before the next batch of a prefill."""
+        return self._steps < self._between or (self._saved < 0.0 and self._steps < MOST_BETWEEN)
+
+    def learn(self, seconds: float, tokens: float):
+        """Take in what a chunk took, means of late (0.0: none yet)."""
+        if not self.learns or not seconds or not tokens:
             return
-        self._step, self._fixed, self._each = step, fixed, each
+        self._each = seconds / tokens
         if self.chunk is not None:
-            short = (STALL * self._objective - fixed) / each
-            useful = fixed / each * USEFUL / (1 - USEFUL)
-            fits = min(max(short, useful, LEAST_CHUNK), self.chunk * FASTEST)
-            self.chunk = min(int(fits) // PAGE_TOKENS * PAGE_TOKENS, self._most)
+            fits = min(STALL * self._objective / self._each, self.chunk * FASTEST)
+            self.chunk = min(int(max(fits, self._least)) // PAGE_TOKENS * PAGE_TOKENS, self._most)
 
-    def stepped(self):
-        """A decode step is about to run."""
-        if self.learns and self._step:
-            spare = self._objective - self._step
-            self._saved = min(self._saved + spare, SAVED * max(spare, 0.0))
+    def stepped(self, seconds: float):
+        """A decode step is about to run; steps take so long, 0.0 if it is not known."""
+        self._steps += 1
+        if self.learns and seconds:
+            self._save(self._objective - seconds)
 
     def held(self, tokens: int):
         """A batch of a prefill of so many tokens is about to hold up those that decode."""
-        if not self.learns or not self._each:
-            return
-        spare = self._objective - self._step
-        owed = self._fixed + self._each * tokens - self._saved
-        # An objective that cannot be kept leaves no debts for when it can.
-        self._saved = -min(owed, MOST_BETWEEN * max(spare, 0.0))
-        steps = 0 if owed <= 0 else HOPELESS if spare <= 0 else min(math.ceil(owed / spare), MOST_BETWEEN)
-        self.between = max(steps, self._least)
+        self._steps = 0
+        if self.learns:
+            self._save(-self._each * tokens)
+
+    def go(self):
+        """The next batch of a prefill waits no longer."""
+        self._steps = MOST_BETWEEN
+
+    def joined(self, new: int, count: int):
+        """Of those that decode, so many are new: they have saved nothing."""
+        if self._saved > 0.0:
+            self._saved *= 1 - new / count
+
+    def rest(self):
+        """Nothing decodes any more."""
+        self._saved, self._steps = 0.0, self._between
+
+    def _save(self, seconds: float):
+        self._saved = min(max(self._saved + seconds, -self._bound), self._bound)

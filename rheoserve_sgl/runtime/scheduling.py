@@ -42,19 +42,26 @@ def get_new_batch_prefill(original, scheduler, running_batch):
     controller = Controller.of(scheduler)
     if controller is None:
         return original(scheduler, running_batch)
-    beside = not running_batch.is_empty()
-    if controller.owes_decode(running_batch) or (beside and controller.holds_prompts()):
+    if controller.owes_decode(running_batch):
         from sglang.srt.managers.schedule_batch import NextBatchPlan
 
         return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-    chunk = scheduler.chunked_prefill_size
+    chunk, beside, room = scheduler.chunked_prefill_size, not running_batch.is_empty(), controller.room(running_batch)
     if beside:
         scheduler.chunked_prefill_size = controller.chunk_size()
+    if room is not None:
+        allocatable = scheduler.get_num_allocatable_reqs
+        scheduler.get_num_allocatable_reqs = lambda running: min(allocatable(running), room)
     try:
         plan = original(scheduler, running_batch)
     finally:
         scheduler.chunked_prefill_size = chunk
-    if plan.batch_to_run is not None:
+        if room is not None:
+            del scheduler.get_num_allocatable_reqs
+    begun = 0 if plan.batch_to_run is None else len(plan.batch_to_run.reqs)
+    if room is not None and begun >= room:
+        plan.running_batch.batch_is_full = False  # the objective may allow more at any time
+    if begun:
         controller.prefilled(plan.batch_to_run.extend_num_tokens, beside)
     return plan
 

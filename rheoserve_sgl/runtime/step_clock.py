@@ -3,10 +3,12 @@
 import time
 from collections import deque
 
-from rheoserve_sgl.runtime.chunk_time import FAR_OFF, ChunkTime
-
 DECODE, PREFILL, NOTHING = "decode", "prefill", "nothing"
 TIMED_STEPS = 8  # a window has at least so many, or it tells nothing about time
+BLEND = 0.3  # of a new measurement of a chunk in the running mean
+# An iteration counts as at most so many times the mean: the loop may be held up by something else, a paused server or
+# new weights.
+FAR_OFF = 10
 
 
 class StepClock:
@@ -14,7 +16,8 @@ class StepClock:
     before; without it, for the batch itself.
 
     steps, seconds: decode steps since `restart`, and what they took
-    chunks: what batches of a prefill took
+    chunks: batches of a prefill that were timed
+    chunk_seconds, chunk_tokens: of one, running means; 0.0 before the first
 
     Args:
         least: tokens of a prefill that tell something about larger ones
@@ -25,7 +28,8 @@ class StepClock:
         self._launched: deque[str] = deque(maxlen=self._lag)
         self._tokens: deque[int] = deque(maxlen=self._lag)  # of those batches
         self._began = None
-        self.chunks, self._usual = ChunkTime(), 0.0
+        self._ahead = 0.0  # seconds of a prefill before the step in front of it was seen to have ended
+        self.chunks, self.chunk_seconds, self.chunk_tokens, self._usual = 0, 0.0, 0.0, 0.0
         self.steps, self.seconds = 0, 0.0
         self.restart()
 
@@ -42,14 +46,28 @@ class StepClock:
         if before is None or len(self._launched) < self._lag or NOTHING in self._launched:
             return
         took = now - before
+        if self._launched[0] == DECODE and self._launched[-1] == PREFILL:
+            # It begins as soon as it is launched: what the step before it did not need is its.
+            self._ahead = max(took - self.usual_seconds, 0.0) if self.usual_seconds else 0.0
         if self._launched[0] == PREFILL:
             if self._tokens[0] >= self._least:
-                self.chunks.observe(took, self._tokens[0])
+                self._learn_chunk(took + self._ahead, self._tokens[0])
+            self._ahead = 0.0
         elif self._skip:
             self._skip -= 1
         elif PREFILL not in self._launched:
             usual = self.usual_seconds
             self.steps, self.seconds = self.steps + 1, self.seconds + (min(took, FAR_OFF * usual) if usual else took)
+
+    def _learn_chunk(self, took: float, tokens: int):
+        self.chunks += 1
+        blend, mean = BLEND, self.chunk_seconds
+        if mean:
+            took = min(took, FAR_OFF * mean * max(tokens / self.chunk_tokens, 1.0))
+        else:
+            blend = 1.0
+        self.chunk_seconds += blend * (took - mean)
+        self.chunk_tokens += blend * (tokens - self.chunk_tokens)
 
     def launched(self, what: str, tokens: int = 0):
         """The iteration launches a batch, of a prefill of so many tokens."""
