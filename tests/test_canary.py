@@ -94,6 +94,22 @@ def test_looks_are_spread_and_end_a_server_only_if_asked(monkeypatch, caplog):
     assert "page 9, layer 0" in caplog.text
 
 
+def test_where_nothing_runs_all_pages_of_all_layers_are_looked_at_in_turn(monkeypatch):
+    monkeypatch.setattr("rheoserve_sgl.cache.canary.SECONDS", 0.0)
+    monkeypatch.setattr("rheoserve_sgl.cache.canary.IDLE_PAGES", 2)
+    pool, pages = written("cpu")
+    for layer in range(LAYERS):
+        for page in pages.tolist():
+            stored = pool.host.layers[layer][page, 1, 0, 5]
+            before = stored.clone()
+            stored += 1
+            with pytest.raises(RuntimeError, match=f"page {page}, layer {layer}, KV head 1: token 5"):
+                for _ in range(2):  # two of three pages, and the other one
+                    pool.canary.look(idle=True)
+            stored.copy_(before)
+    assert findings(pool, pages) == []
+
+
 SAYS = {"host": "in the host store is not what was written", "frame": "is not the host store's"}
 
 

@@ -105,7 +105,7 @@ def test_a_paused_server_makes_no_long_step_and_long_chunks_are_learnt():
 
 
 def test_a_chunk_that_begins_beside_the_step_in_front_of_it_takes_that_time_too():
-    """With overlap a chunk is launched while a step runs; launching takes longer than the step, and some of it has run."""
+    """With overlap a chunk is launched while a step runs; if that takes longer than the step, some of it has run."""
     time = Time()
     clock = StepClock(True, time)
     for kind, took in [(DECODE, 1.0)] * 12 + [

@@ -141,7 +141,7 @@ def test_whole_prompts_stay_whole_and_small_chunks_as_a_user_asked_for_them():
 
 
 def test_a_chunk_has_as_many_tokens_as_the_device_makes_worth_while():
-    pace = Pace(8, 8192, 0.001, least=2048)
+    pace = Pace(8, 8192, 0.001, least=4096)
     for _ in range(5):
         pace.learn(0.5, 8192)
-    assert pace.chunk == 2048
+    assert pace.chunk == 4096

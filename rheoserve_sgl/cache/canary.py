@@ -1,7 +1,8 @@
 """A canary: are live blocks still what was written, in the host store and in their frames?
 
 Each token that is written leaves a checksum for each layer and KV head. Between batches some random pages are looked
-at in a random layer: every token in the host store against its checksum, and a block's frame against the host store.
+at in a random layer, and all pages in turn while nothing runs: every token in the host store against its checksum, and
+a block's frame against the host store.
 Modelled on SGLang's `--kv-canary`, which knows one tier.
 """
 
@@ -13,7 +14,7 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS, environ
 
 logger = logging.getLogger(__name__)
-PAGES = 8  # looked at together
+PAGES, IDLE_PAGES = 8, 16  # looked at together: in one layer before a decode step, in all where nothing runs
 SECONDS = 0.05  # between looks
 FAULT_PAGES = 20  # live, before a planted fault
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of an element
@@ -38,6 +39,7 @@ class Canary:
         self.looked = 0  # blocks so far
         self._draw = torch.Generator().manual_seed(1)
         self._last = 0.0
+        self._turn = 0  # place in the list of live pages of the next idle look
         self._freed: list[torch.Tensor] = []
         self._planted = environ.planted_fault()
 
@@ -63,8 +65,11 @@ class Canary:
         self._freed.clear()
         self.known.fill_(False)
 
-    def look(self):
+    def look(self, idle: bool = False):
         """Look at some pages, if it is time; call between batches.
+
+        Args:
+            idle: nothing runs or waits: more is looked at, in turn
 
         Raises:
             RuntimeError: a block that is not what was written, by page, layer and KV head
@@ -80,14 +85,24 @@ class Canary:
             return
         if self._planted and len(live) >= FAULT_PAGES:
             self._plant(int(live[-1]))
+        for layer, picked in self._pick(live, idle):
+            finding = self.finding(layer, picked)
+            self.looked += len(picked) * self.pool.head_num
+            if finding:
+                logger.error(finding)
+                if self.raises:
+                    raise RuntimeError(finding)
+
+    def _pick(self, live: torch.Tensor, idle: bool) -> list[tuple[int, torch.Tensor]]:
+        """Layers, and pages to look at in each."""
+        layers = self.pool.layer_num
+        if idle:
+            count = min(IDLE_PAGES, len(live))
+            turn = (self._turn + torch.arange(count)) % len(live)
+            self._turn += count
+            return [(layer, live[turn.to(live.device)]) for layer in range(layers)]
         picked = live[torch.randint(len(live), (PAGES,), generator=self._draw).to(live.device)]
-        layer = int(torch.randint(self.pool.layer_num, (1,), generator=self._draw))
-        finding = self.finding(layer, picked)
-        self.looked += len(picked) * self.pool.head_num
-        if finding:
-            logger.error(finding)
-            if self.raises:
-                raise RuntimeError(finding)
+        return [(int(torch.randint(layers, (1,), generator=self._draw)), picked)]
 
     def finding(self, layer: int, pages: torch.Tensor) -> str:
         """What is wrong with the first wrong block of these pages `[n]` in a layer; "" if nothing is."""

@@ -19,7 +19,7 @@ def look_when_idle(scheduler):
     """BEFORE `Scheduler.on_idle`: nothing is in flight, so the canary looks at some blocks."""
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     if isinstance(pool, TwoTierKVPool) and pool.canary is not None and scheduler.is_fully_idle():
-        pool.canary.look()
+        pool.canary.look(idle=True)
 
 
 def add_state(result, scheduler, question):

@@ -10,8 +10,8 @@ from rheoserve_sgl import PAGE_TOKENS
 MOST_BETWEEN = 128  # decode steps between two batches of a prefill, whatever the objective asks for
 STALL = 8  # a chunk holds up those that decode for as many tokens' time, at most
 # Tokens of a chunk, at least. On a GPU what a chunk takes besides (launching its layers, staging the prefix) is as much
-# as a thousand tokens, so smaller ones would hold the others up for longer in the end.
-LEAST_CHUNK, LEAST_CHUNK_GPU = 512, 2048
+# as two thousand tokens, so smaller ones would hold the others up for longer in the end.
+LEAST_CHUNK, LEAST_CHUNK_GPU = 512, 4096
 FASTEST = 2  # a chunk becomes at most so many times as large at once: its time does not follow its size exactly
 FILLED = 0.85  # of a token's time may go to a decode step where one joins; the rest is for chunks
 SAVED = 1024  # tokens whose time for chunks is kept, at most: some part of a long answer
