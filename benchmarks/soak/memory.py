@@ -3,6 +3,7 @@
 import threading
 
 import psutil
+import pynvml
 import torch
 
 EVERY = 2.0  # seconds between looks
@@ -10,9 +11,9 @@ MB = 10**6
 
 
 class MemoryWatch:
-    """Looks at the resident memory of a process and its children, and at what is used of the GPU, until it is closed.
+    """Looks at the memory of a process and its children, resident and on GPUs, until it is closed.
 
-    bytes: at each look; "device", where there is a GPU, is of all its processes
+    bytes: at each look; "device" where there is a GPU: of all its processes, if the driver never tells of ours
     error: what ended the looking, if anything did
     """
 
@@ -22,7 +23,9 @@ class MemoryWatch:
         self.error: Exception | None = None
         if torch.cuda.is_available():
             torch.cuda.mem_get_info()  # takes some of the GPU's memory itself: now, not at the first look
+            pynvml.nvmlInit()
             self.bytes["device"] = []
+        self._tells = False  # whether the driver has told of this process's family
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self):
@@ -36,29 +39,46 @@ class MemoryWatch:
     def _look(self):
         try:
             while not self._stop.wait(EVERY):
-                self.bytes["host"].append(self._resident())
+                family = self._family()
+                self.bytes["host"].append(sum(map(resident, family)))
                 if "device" in self.bytes:
-                    free, total = torch.cuda.mem_get_info()
-                    self.bytes["device"].append(total - free)
+                    self._look_at_devices({process.pid for process in family})
         except Exception as error:  # told by whoever asks for the figures
             self.error = error
 
-    def _resident(self) -> int:
-        total, found = 0, [self._process]
+    def _look_at_devices(self, pids: set[int]):
+        own = on_devices(pids)
+        if own and not self._tells:
+            self._tells = True
+            self.bytes["device"].clear()  # was of others, too
+        if not self._tells:
+            free, total = torch.cuda.mem_get_info()
+            own = total - free
+        self.bytes["device"].append(own)
+
+    def _family(self) -> list[psutil.Process]:
         try:
-            found += self._process.children(recursive=True)
+            return [self._process, *self._process.children(recursive=True)]
         except psutil.NoSuchProcess:
-            pass
-        for process in found:
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                pass
-        return total
+            return [self._process]
 
     def growth(self) -> dict[str, dict]:
         """Of each memory: see `growth`."""
         return {name: growth(looks) for name, looks in self.bytes.items()}
+
+
+def resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def on_devices(pids: set[int]) -> int:
+    """Bytes of these processes on all GPUs, as far as the driver tells."""
+    devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    found = [one for device in devices for one in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+    return sum(one.usedGpuMemory or 0 for one in found if one.pid in pids)
 
 
 def growth(looks: list[int]) -> dict:
