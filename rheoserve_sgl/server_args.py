@@ -152,8 +152,8 @@ class RheoServerArgs(ServerArgs):
     ] = 8
     rheoserve_tpot_slo_ms: Annotated[
         float | None,
-        "RheoServe: milliseconds that a token may take, on average: fewer requests decode at once, and more steps come "
-        "between two batches of a prefill, which are smaller, as far as step times ask for it.",
+        "RheoServe: milliseconds that a token may take, on average: fewer requests decode at once, the next ones begin "
+        "later, and others' prompts are read in smaller chunks with more steps between, as far as times ask for it.",
         NS("schedule"),
     ] = None
 
