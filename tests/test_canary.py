@@ -96,8 +96,8 @@ def test_looks_are_spread_and_end_a_server_only_if_asked(monkeypatch, caplog):
 
 def test_where_nothing_runs_all_pages_of_all_layers_are_looked_at_in_turn(monkeypatch):
     monkeypatch.setattr("rheoserve_sgl.cache.canary.SECONDS", 0.0)
-    monkeypatch.setattr("rheoserve_sgl.cache.canary.IDLE_PAGES", 2)
     pool, pages = written("cpu")
+    monkeypatch.setattr("rheoserve_sgl.cache.canary.IDLE_BYTES", 2 * LAYERS * HEADS * pool.block_bytes)
     for layer in range(LAYERS):
         for page in pages.tolist():
             stored = pool.host.layers[layer][page, 1, 0, 5]

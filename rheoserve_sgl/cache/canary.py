@@ -14,7 +14,8 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS, environ
 
 logger = logging.getLogger(__name__)
-PAGES, IDLE_PAGES = 8, 16  # looked at together: in one layer before a decode step, in all where nothing runs
+PAGES = 8  # looked at together in one layer, before a decode step
+IDLE_BYTES = 32 << 20  # of pages looked at together in all layers where nothing runs: a new request waits for it
 SECONDS = 0.05  # between looks
 FAULT_PAGES = 20  # live, before a planted fault
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of an element
@@ -97,7 +98,8 @@ class Canary:
         """Layers, and pages to look at in each."""
         layers = self.pool.layer_num
         if idle:
-            count = min(IDLE_PAGES, len(live))
+            page = layers * self.pool.head_num * self.pool.block_bytes
+            count = min(max(IDLE_BYTES // page, 1), len(live))
             turn = (self._turn + torch.arange(count)) % len(live)
             self._turn += count
             return [(layer, live[turn.to(live.device)]) for layer in range(layers)]
