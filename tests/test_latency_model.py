@@ -131,3 +131,14 @@ def test_a_few_tokens_say_nothing_of_a_chunk():
         clock.launched(PREFILL, tokens)
         time.now += took
     assert (clock.chunks, clock.chunk_seconds, clock.chunk_tokens) == (1, 1.0, 512)
+    assert clock.prefills == 3 and clock.held_seconds == 0.0
+
+
+def test_only_what_others_wait_for_holds_them_up():
+    time = Time()
+    clock = StepClock(False, time, least=512)
+    for tokens, took, beside in ((512, 1.0, False), (64, 2.0, True), (512, 4.0, True), (0, 0.0, False)):
+        clock.tick()
+        clock.launched(PREFILL, tokens, beside)
+        time.now += took
+    assert clock.held_seconds == 6.0

@@ -26,13 +26,13 @@ class Machine:
             while self.pace.waits:
                 self.decode(1)
             self.between.append(self.steps - before)
-            self.pace.learn(*self.mean)
             tokens = self.pace.chunk
-            self.pace.held(tokens)
+            self.pace.held()
             took = self.fixed + tokens / self.rate
             weight = BLEND if self.mean[1] else 1.0
             self.mean = tuple(old + weight * (new - old) for old, new in zip(self.mean, (took, tokens), strict=True))
             self.seconds += took
+            self.pace.learn(took, *self.mean)
 
     def token(self, chunks: int) -> float:
         """Seconds of a token on average, while so many chunks are prefilled."""
@@ -87,7 +87,11 @@ def test_those_that_join_have_saved_nothing():
     pace.joined(1, 1)
     machine.decode(1000)
     pace.rest()
-    pace.held(2048)
+    pace.held()
+    for _ in range(8):
+        pace.stepped(0.01)
+    assert not pace.waits
+    pace.learn(0.1, 0.1, 2048)
     assert pace.waits  # what others saved is not for those that come after them
 
 
@@ -112,6 +116,28 @@ def test_steps_that_become_fast_shorten_the_wait():
     assert not machine.pace.waits
 
 
+@pytest.mark.parametrize("between", [8, 200])
+def test_a_prompt_that_must_go_on_waits_no_longer(between):
+    pace = Pace(between, 2048, None)
+    pace.held()
+    assert pace.waits
+    pace.go()
+    assert not pace.waits
+
+
+def test_short_prompts_are_paid_by_what_they_took():
+    """As one of 200 tokens may take as long as one of 2,000."""
+    pace = Pace(8, 8192, 0.02)
+    steps = 0
+    for _ in range(100):
+        pace.held()
+        pace.learn(0.2, 0.0, 0.0)
+        while pace.waits:
+            pace.stepped(0.01)
+            steps += 1
+    assert (steps * 0.01 + 100 * 0.2) / steps < 1.05 * 0.02
+
+
 def test_a_chunk_grows_again_when_chunks_become_fast():
     machine = Machine(Pace(8, 4096, 0.02), 0.01, 0.0, 5e3)
     machine.prefill(20)
@@ -130,10 +156,10 @@ def test_without_an_objective_or_steps_between_nothing_is_learnt(between, object
 
 def test_whole_prompts_stay_whole_and_small_chunks_as_a_user_asked_for_them():
     whole, small = Pace(4, None, 0.02), Pace(8, 256, 0.001)
-    whole.learn(0.2, 9000)
-    small.learn(1.0, 256)
+    small.learn(1.0, 1.0, 256)
+    whole.held()
+    whole.learn(0.2, 0.2, 9000)
     assert whole.chunk is None and small.chunk == 256
-    whole.held(9000)
     for steps in range(20):
         assert whole.waits == (steps < 20)
         whole.stepped(0.01)
@@ -143,5 +169,5 @@ def test_whole_prompts_stay_whole_and_small_chunks_as_a_user_asked_for_them():
 def test_a_chunk_has_as_many_tokens_as_the_device_makes_worth_while():
     pace = Pace(8, 8192, 0.001, least=4096)
     for _ in range(5):
-        pace.learn(0.5, 8192)
+        pace.learn(0.5, 0.5, 8192)
     assert pace.chunk == 4096

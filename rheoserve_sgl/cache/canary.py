@@ -15,7 +15,7 @@ from rheoserve_sgl import PAGE_TOKENS, environ
 
 logger = logging.getLogger(__name__)
 PAGES = 8  # looked at together in one layer, before a decode step
-IDLE_BYTES = 32 << 20  # of pages looked at together in all layers where nothing runs: a new request waits for it
+IDLE_BYTES = 8 << 20  # of pages looked at together in all layers where nothing runs: a new request waits for it
 SECONDS = 0.05  # between looks
 FAULT_PAGES = 20  # live, before a planted fault
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of an element
@@ -77,7 +77,12 @@ class Canary:
         """
         if time.monotonic() - self._last < SECONDS:
             return
-        self._last = time.monotonic()
+        try:
+            self._look(idle)
+        finally:
+            self._last = time.monotonic()
+
+    def _look(self, idle: bool):
         if self.pool.importance.is_cuda:
             torch.cuda.synchronize()
         self.settle()

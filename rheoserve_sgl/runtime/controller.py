@@ -70,8 +70,8 @@ class Controller:
         # Mixed batches decode while they prefill.
         between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
         self.pace = Pace(between, chunk, objective, LEAST_CHUNK_GPU if pool.importance.is_cuda else LEAST_CHUNK)
-        self._chunks = 0  # the pace has learnt from
-        self._step = 0.0  # seconds of a decode step, of late
+        self._prefills, self._held_seconds = 0, 0.0  # of the clock's, those that the pace knows
+        self.beside = False  # whether others decode, which the prefill that was made ready last holds up
         self._measured = 0  # of the working sets' measurements, those taken in
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
         self._missed = 0.0  # share of the selection, since then
@@ -98,7 +98,8 @@ class Controller:
 
     def owes_decode(self, batch) -> bool:
         """Whether the running batch decodes before a prefill goes on."""
-        if not self.pace.waits or batch.is_prefill_only or all(one.finished() for one in batch.reqs):
+        self._learn_prefills()
+        if not self.pace.waits or not decodes(batch):
             return False
         if not self._leaves_room(batch):
             self.pace.go()
@@ -117,36 +118,38 @@ class Controller:
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
         return free - left >= page + batch.new_tokens_required_next_decode()
 
-    def chunk_size(self) -> int | None:
-        """Tokens of the next chunk beside those that decode; None: prompts are not cut."""
+    def _learn_prefills(self):
         clock = self.clock
-        if self.pace.learns and clock.chunks != self._chunks:
-            self._chunks = clock.chunks
-            took = [clock.chunk_seconds, clock.chunk_tokens]
-            if self.scheduler.ps.tp_size > 1:  # they come here for the same chunk
-                took = largest(took, self.scheduler.tp_cpu_group)
-            self.pace.learn(*took)
-        return self.pace.chunk
+        if not self.pace.learns or clock.prefills == self._prefills:
+            return
+        took = [clock.held_seconds - self._held_seconds, clock.chunk_seconds, clock.chunk_tokens]
+        self._prefills, self._held_seconds = clock.prefills, clock.held_seconds
+        if self.scheduler.ps.tp_size > 1:  # they come here after the same prefill
+            took = largest(took, self.scheduler.tp_cpu_group)
+        self.pace.learn(*took)
 
-    def room(self, batch) -> int | None:
-        """Prompts that may be in the next batch of a prefill: those that the objective would let decode beside what was
-        prefilled or is being; None: any. A first token comes rather late than that its request waits for the second.
+    def room(self, batch, most: int) -> int | None:
+        """Requests that may be in the next batch of a prefill: those that the objective would let decode beside what
+        was prefilled or is being; None: any. Rather a first token comes late than that its request waits for another.
 
         Args:
             batch: the running batch
+            most: new ones, whatever the objective
         """
-        if self._config.tpot_slo_ms is None or self.admission is None or batch.is_empty():
+        if self._config.tpot_slo_ms is None or self.admission is None:
             return None
-        begun = self.scheduler.chunked_req
-        load, count = (0, 0, 0), 0
-        for request in [*batch.reqs, *([begun] if begun else [])]:
+        scheduler, begun = self.scheduler, self.scheduler.chunked_req
+        if most > 1 and len(scheduler.waiting_queue) > 1:
+            scheduler.policy.calc_priority(scheduler.waiting_queue, batch)  # who comes first
+        known = [one for one in (*batch.reqs, begun) if one is not None and not one.finished()]
+        load = (0, 0, 0)
+        for request in known:
             load = self._with(load, request)
-        for request in self.scheduler.waiting_queue:
+        for count, request in enumerate(scheduler.waiting_queue[: max(most, 0)]):
             load = self._with(load, request)
-            if not self._keeps(load, FILLED):
-                break
-            count += 1
-        return count + (begun is not None)
+            if (known or count) and not self._keeps(load, FILLED):
+                return count + (begun is not None)
+        return None
 
     def prefilled(self, tokens: int, beside: bool):
         """A batch of a prefill of so many tokens is about to run.
@@ -154,7 +157,10 @@ class Controller:
         Args:
             beside: whether others decode, which it holds up
         """
-        self.pace.held(tokens if beside else 0)
+        self.beside = beside
+        if not beside:
+            self.pace.rest()
+        self.pace.held()
         if tokens >= LONG_PREFILL:  # meanwhile their blocks come
             for request in self._coming:
                 Transaction.of(request).coming = self._load_steps
@@ -168,7 +174,6 @@ class Controller:
 
     def prepare(self, batch):
         """Make a decode step of some or all requests of the running batch ready, instead of `prepare_for_decode`."""
-        self.pace.stepped(self._step)
         self._learn()
         known = [Transaction.of(request) for request in batch.reqs]
         for request, one in zip(batch.reqs, known, strict=True):
@@ -182,6 +187,7 @@ class Controller:
         else:
             self.slots.prepare(batch, rows)
         self._mark(batch.reqs, known, rows)
+        self.pace.stepped(self._predict(batch.reqs, rows) if self.pace.learns else 0.0)
         self._expect([batch.reqs[row] for row in coming])
 
     def _choose(self, batch, known: list[Transaction]) -> tuple[list[int], list[int]]:
@@ -205,7 +211,7 @@ class Controller:
             )
             for row in order
         ]
-        more_coming = scheduler.chunked_req is not None or (bool(scheduler.waiting_queue) and self.room(batch) != 0)
+        more_coming = scheduler.chunked_req is not None or (bool(scheduler.waiting_queue) and self.room(batch, 1) != 0)
         chosen = self.admission.choose(candidates, more_coming, self._objective(by_age))
         return tuple(sorted(order[place] for place in places) for places in (chosen, self.admission.coming))
 
@@ -233,6 +239,13 @@ class Controller:
             return True
 
         return allows
+
+    def _predict(self, requests, rows: list[int]) -> float:
+        """Seconds of a step of these rows."""
+        load = (0, 0, 0)
+        for row in rows:
+            load = self._with(load, requests[row])
+        return self._coordinator.latency.predict(self._load(*load))
 
     def _with(self, load: tuple[int, int, int], request) -> tuple[int, int, int]:
         """One more in (requests, their pages, those that each KV head selects)."""
@@ -281,7 +294,6 @@ class Controller:
         if ranks > 1:  # each has other KV heads; they come here at the same step
             found = largest(found, self.scheduler.tp_cpu_group)
         *needs, visited, selected, step = found
-        self._step = step or self._step
         for request in self._decoding:
             one = Transaction.of(request)
             slot = request.req_pool_idx
@@ -368,3 +380,8 @@ class Controller:
             "transactions_waiting": len(known) - len(now),
             "working_set_pages": round(sum(known[row].need for row in rows), 1),
         }
+
+
+def decodes(batch) -> bool:
+    """Whether SGLang's running batch has requests that a prefill would hold up."""
+    return not batch.is_prefill_only and any(not one.finished() for one in batch.reqs)

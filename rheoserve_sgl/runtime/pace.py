@@ -34,7 +34,6 @@ class Pace:
         self.chunk = chunk
         self.learns = objective is not None and between > 0
         self._bound = SAVED * (1 - FILLED) * objective if self.learns else 0.0
-        self._each = 0.0  # seconds of a token of a prompt
         self._saved = 0.0  # seconds; below zero: owed
         self._steps = between  # since the last batch of a prefill
 
@@ -43,30 +42,28 @@ class Pace:
         """Whether those that decode go on before the next batch of a prefill."""
         return self._steps < self._between or (self._saved < 0.0 and self._steps < MOST_BETWEEN)
 
-    def learn(self, seconds: float, tokens: float):
-        """Take in what a chunk took, means of late (0.0: none yet)."""
-        if not self.learns or not seconds or not tokens:
-            return
-        self._each = seconds / tokens
-        if self.chunk is not None:
-            fits = min(STALL * self._objective / self._each, self.chunk * FASTEST)
+    def learn(self, held: float, seconds: float, tokens: float):
+        """Take in for how many seconds batches of a prefill held up those that decode since the last call, and what a
+        chunk took, means of late (0.0: none yet)."""
+        if self.learns:
+            self._save(-held)
+        if self.learns and seconds and tokens and self.chunk is not None:
+            fits = min(tokens * STALL * self._objective / seconds, self.chunk * FASTEST)
             self.chunk = min(int(max(fits, self._least)) // PAGE_TOKENS * PAGE_TOKENS, self._most)
 
     def stepped(self, seconds: float):
-        """A decode step is about to run; steps take so long, 0.0 if it is not known."""
+        """A decode step is about to run, and takes so long."""
         self._steps += 1
-        if self.learns and seconds:
+        if self.learns:
             self._save(self._objective - seconds)
 
-    def held(self, tokens: int):
-        """A batch of a prefill of so many tokens is about to hold up those that decode."""
+    def held(self):
+        """A batch of a prefill is about to run."""
         self._steps = 0
-        if self.learns:
-            self._save(-self._each * tokens)
 
     def go(self):
         """The next batch of a prefill waits no longer."""
-        self._steps = MOST_BETWEEN
+        self._steps = max(self._between, MOST_BETWEEN)
 
     def joined(self, new: int, count: int):
         """Of those that decode, so many are new: they have saved nothing."""

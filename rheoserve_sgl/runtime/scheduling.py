@@ -1,6 +1,6 @@
 """Hooks on SGLang's scheduler, through which the controller decides what runs next."""
 
-from rheoserve_sgl.runtime.controller import Controller
+from rheoserve_sgl.runtime.controller import Controller, decodes
 from rheoserve_sgl.runtime.step_clock import DECODE, NOTHING, PREFILL
 
 
@@ -31,7 +31,7 @@ def get_next_batch_to_run(original, scheduler, *args, **kwargs):
     if part is not None and runs is plan.running_batch:
         plan.batch_to_run = part
     if runs is not None and runs.forward_mode.is_extend():
-        controller.clock.launched(PREFILL, runs.extend_num_tokens)
+        controller.clock.launched(PREFILL, runs.extend_num_tokens, controller.beside)
     else:
         controller.clock.launched(NOTHING if runs is None else DECODE)
     return plan
@@ -46,11 +46,12 @@ def get_new_batch_prefill(original, scheduler, running_batch):
         from sglang.srt.managers.schedule_batch import NextBatchPlan
 
         return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-    chunk, beside, room = scheduler.chunked_prefill_size, not running_batch.is_empty(), controller.room(running_batch)
+    chunk, beside = scheduler.chunked_prefill_size, decodes(running_batch)
+    allocatable = scheduler.get_num_allocatable_reqs
+    room = controller.room(running_batch, allocatable(len(running_batch.reqs)))
     if beside:
-        scheduler.chunked_prefill_size = controller.chunk_size()
+        scheduler.chunked_prefill_size = controller.pace.chunk
     if room is not None:
-        allocatable = scheduler.get_num_allocatable_reqs
         scheduler.get_num_allocatable_reqs = lambda running: min(allocatable(running), room)
     try:
         plan = original(scheduler, running_batch)

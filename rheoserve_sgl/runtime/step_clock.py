@@ -16,7 +16,9 @@ class StepClock:
     before; without it, for the batch itself.
 
     steps, seconds: decode steps since `restart`, and what they took
-    chunks: batches of a prefill that were timed
+    prefills: batches of a prefill so far
+    held_seconds: of all of those that held up others that decode
+    chunks: those of `least` tokens or more
     chunk_seconds, chunk_tokens: of one, running means; 0.0 before the first
 
     Args:
@@ -29,6 +31,8 @@ class StepClock:
         self._tokens: deque[int] = deque(maxlen=self._lag)  # of those batches
         self._began = None
         self._ahead = 0.0  # seconds of a prefill before the step in front of it was seen to have ended
+        self._beside: deque[bool] = deque(maxlen=self._lag)
+        self.prefills, self.held_seconds = 0, 0.0
         self.chunks, self.chunk_seconds, self.chunk_tokens, self._usual = 0, 0.0, 0.0, 0.0
         self.steps, self.seconds = 0, 0.0
         self.restart()
@@ -44,14 +48,14 @@ class StepClock:
         now = self._now()
         before, self._began = self._began, now
         if before is None or len(self._launched) < self._lag or NOTHING in self._launched:
+            self._ahead = 0.0
             return
         took = now - before
         if self._launched[0] == DECODE and self._launched[-1] == PREFILL:
             # It begins as soon as it is launched: what the step before it did not need is its.
             self._ahead = max(took - self.usual_seconds, 0.0) if self.usual_seconds else 0.0
         if self._launched[0] == PREFILL:
-            if self._tokens[0] >= self._least:
-                self._learn_chunk(took + self._ahead, self._tokens[0])
+            self._learn_prefill(took + self._ahead, self._tokens[0], self._beside[0])
             self._ahead = 0.0
         elif self._skip:
             self._skip -= 1
@@ -59,20 +63,30 @@ class StepClock:
             usual = self.usual_seconds
             self.steps, self.seconds = self.steps + 1, self.seconds + (min(took, FAR_OFF * usual) if usual else took)
 
-    def _learn_chunk(self, took: float, tokens: int):
-        self.chunks += 1
+    def _learn_prefill(self, took: float, tokens: int, beside: bool):
         blend, mean = BLEND, self.chunk_seconds
         if mean:
             took = min(took, FAR_OFF * mean * max(tokens / self.chunk_tokens, 1.0))
         else:
             blend = 1.0
+        self.prefills += 1
+        self.held_seconds += took if beside else 0.0
+        if tokens < self._least:
+            return
+        self.chunks += 1
         self.chunk_seconds += blend * (took - mean)
         self.chunk_tokens += blend * (tokens - self.chunk_tokens)
 
-    def launched(self, what: str, tokens: int = 0):
-        """The iteration launches a batch, of a prefill of so many tokens."""
+    def launched(self, what: str, tokens: int = 0, beside: bool = False):
+        """The iteration launches a batch.
+
+        Args:
+            tokens: of a prefill
+            beside: whether others decode, which the prefill holds up
+        """
         self._launched.append(what)
         self._tokens.append(tokens)
+        self._beside.append(beside)
 
     @property
     def step_seconds(self) -> float:
