@@ -81,7 +81,10 @@ class Controller:
         self._ages = 0  # requests that were prefilled so far: the age of the next
         # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
         self._joined, self._changed, self._most = math.inf, True, 0
-        self._predicted = 0.0
+        self._predicted = 0.0  # seconds of a step of those that decode
+        self._always = (
+            config.always_tokens // pool.page_size
+        )  # pages that each KV head selects, whatever a request asks
 
     @classmethod
     def of(cls, scheduler) -> "Controller | None":
@@ -178,7 +181,7 @@ class Controller:
         known = [Transaction.of(request) for request in batch.reqs]
         for request, one in zip(batch.reqs, known, strict=True):
             one.limit = self._pool.limits.of(request.req_pool_idx)
-            one.need = min(one.measured or GUESS * one.limit, self._pages(request))
+            one.need = min(one.measured or max(GUESS * one.limit, self._always), self._pages(request))
         rows, coming = list(range(len(known))), []
         if self.admission is not None and divisible(batch):
             rows, coming = self._choose(batch, known)
@@ -252,7 +255,7 @@ class Controller:
         requests, pages, selected = load
         own, slot = self._pages(request), request.req_pool_idx
         limit = self._config.budget_pages if slot is None else self._pool.limits.of(slot)
-        return requests + 1, pages + own, selected + min(limit, own)
+        return requests + 1, pages + own, selected + min(max(limit, self._always), own)
 
     def _keeps(self, load: tuple[int, int, int], share: float) -> bool:
         """Whether a step of these is predicted to take no more than this share of the objective."""
@@ -372,7 +375,8 @@ class Controller:
             if now:
                 self.pace.joined(new, len(now))
             self._changed, self._most = True, max(self._most, len(now))
-            self._decoding, self._predicted = now, 0.0
+            # Held against the first window that nobody joins or leaves: of these together none was seen before.
+            self._decoding, self._predicted = now, self._predict(requests, rows) if rows else 0.0
             self.clock.restart()
             self._coordinator.batch_changed()
         load |= {

@@ -13,11 +13,11 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.runtime.telemetry import count_refusal
+from rheoserve_sgl.runtime.transaction import ALL_PAGES
 
 logger = logging.getLogger(__name__)
 KEY = "rheoserve"
 OPTIONS = ("token_budget", "mode", "report")
-ALL_PAGES = 2**31 - 1
 
 
 def selected_pages(custom_params, config: RheoConfig) -> int:
@@ -124,6 +124,8 @@ def check_tokens(manager, request, input_ids):
         most = manager.model_config.vocab_size - 1
         for token in (min(input_ids), max(input_ids)):
             if not 0 <= token <= most:
+                if manager.server_args.enable_metrics:
+                    count_refusal("token")
                 raise ValueError(f"input_ids has token {token}; legal: 0 to {most}")
 
 

@@ -98,7 +98,11 @@ def refusals():
     """The counter of refused requests, in the process that takes requests in."""
     from prometheus_client import Counter
 
-    return Counter(PREFIX + "refused_requests", "Requests refused for an option of theirs, by its name.", ["reason"])
+    return Counter(
+        PREFIX + "refused_requests",
+        "Requests refused for an option of theirs, by its name, or for a token.",
+        ["reason"],
+    )
 
 
 def count_refusal(reason: str):

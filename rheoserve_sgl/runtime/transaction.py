@@ -12,6 +12,7 @@ from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.runtime.batch import pages_of
 
 RECENT = 0.25  # weight of the newest window in the mean of a working set
+ALL_PAGES = 2**31 - 1  # a limit that is none
 STATES = ("decoding", "waiting", "prefilling", "registered")
 
 
@@ -20,7 +21,7 @@ class Transaction:
 
     age: its place among all that were prefilled, which it keeps when it is retracted; None: not yet prefilled
     state: "waiting" with its KV in host memory, or "decoding"
-    limit: pages that each KV head may select
+    limit: pages that each KV head may select, 0 for sink and window only; None: it has not decoded yet
     steps: decode steps since its prefill
     measured: its working set, in pages for each KV head, the mean of the last windows; 0.0: not yet measured
     need: pages of frames that each KV head of a layer needs for it, as estimated last
@@ -33,7 +34,8 @@ class Transaction:
     def __init__(self):
         self.age: int | None = None
         self.state = "waiting"
-        self.limit, self.need = 0, 0.0
+        self.limit: int | None = None
+        self.need = 0.0
         self.steps, self.measured = 0, 0.0
         self.kept = None
         self.coming = 0
@@ -134,7 +136,7 @@ def _size(request) -> dict:
 def _progress(one: Transaction) -> dict:
     return {
         "state": one.state,
-        "budget_pages": one.limit or None,  # None: it has not decoded yet, or attends to all
+        "budget_pages": one.limit if one.limit != ALL_PAGES else None,  # None: it has not decoded yet, or selects all
         "working_set_pages": round(one.need, 1),
         "waited_seconds": round(one.waiting_seconds(), 3),
         "pauses": one.pauses,
