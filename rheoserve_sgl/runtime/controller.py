@@ -82,9 +82,7 @@ class Controller:
         # Since the last measurement: how many joined those that decode, whether any joined or left, the most at once.
         self._joined, self._changed, self._most = math.inf, True, 0
         self._predicted = 0.0  # seconds of a step of those that decode
-        self._always = (
-            config.always_tokens // pool.page_size
-        )  # pages that each KV head selects, whatever a request asks
+        self._always = config.always_tokens // pool.page_size  # pages that each KV head selects of any request
 
     @classmethod
     def of(cls, scheduler) -> "Controller | None":
