@@ -29,6 +29,7 @@ class RheoConfig:
     gate_rope: str = "first"
     dense_layers: int | None = None  # None: what the learned gate was made with, or 0
     token_budget: int | None = None  # None: DEFAULT_TOKEN_BUDGET, or unused under a threshold
+    most_token_budget: int | None = None  # that a request may choose; None: any
     threshold: float | None = None
     device_tokens: int | None = None  # None: what SGLang's memory profiling yields
     host_size: float | None = None  # None: host_ratio decides
@@ -68,6 +69,7 @@ class RheoConfig:
         self._pages("window_tokens", at_least=0)
         self._pages("device_tokens", at_least=PAGE_TOKENS)
         self._pages("token_budget", at_least=PAGE_TOKENS)
+        self._pages("most_token_budget", at_least=PAGE_TOKENS)
         self._at_least("exchange_interval", 1)
         self._at_least("host_threads", 1)
         self._above_zero("host_size")
@@ -85,11 +87,20 @@ class RheoConfig:
                 f"the newest page {PAGE_TOKENS}, which are always selected)",
                 value=self.budget,
             )
+        if self.most_token_budget is not None and not self.takes_budgets:
+            self._refuse("most_token_budget", "none where requests have no token budget")
+        if self.most_token_budget is not None and self.most_token_budget < self.budget:
+            self._refuse("most_token_budget", f"at least {flag('token_budget')} ({self.budget})")
 
     @property
     def selects(self) -> bool:
         """Whether a gate picks blocks (the other modes know theirs beforehand)."""
         return self.mode in ("balanced", "retrieval")
+
+    @property
+    def takes_budgets(self) -> bool:
+        """Whether a request may choose a token budget of its own."""
+        return self.selects and self.threshold is None
 
     @property
     def budget(self) -> int:

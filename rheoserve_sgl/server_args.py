@@ -66,6 +66,12 @@ class RheoServerArgs(ServerArgs):
         "RheoServe: tokens selected per KV head per step, sink and window included (default 4096).",
         NS("memory"),
     ] = None
+    rheoserve_most_token_budget: Annotated[
+        int | None,
+        "RheoServe: the largest token budget that a request may choose for itself; with it none may attend to all "
+        "blocks (default: any).",
+        NS("memory"),
+    ] = None
     rheoserve_threshold: Annotated[
         float | None,
         "RheoServe: select blocks whose softmax gate score exceeds this, instead of a token budget.",

@@ -20,6 +20,15 @@ from rheoserve_sgl.config import RheoConfig
         ({"sink_tokens": 0}, "--rheoserve-sink-tokens is 0"),
         ({"window_tokens": 100}, "--rheoserve-window-tokens is 100"),
         ({"threshold": 1.5}, "--rheoserve-threshold is 1.5; legal: a number above 0 and below 1"),
+        ({"most_token_budget": 4000}, "--rheoserve-most-token-budget is 4000; legal: a multiple of 64"),
+        (
+            {"most_token_budget": 2048},
+            "--rheoserve-most-token-budget is 2048; legal: at least --rheoserve-token-budget .4096",
+        ),
+        (
+            {"most_token_budget": 8192, "mode": "full"},
+            "--rheoserve-most-token-budget is 8192; legal: none where requests have no token budget",
+        ),
         ({"threshold": 0.1, "token_budget": 4096}, "only one of it and --rheoserve-token-budget"),
         ({"host_size": -1.0}, "--rheoserve-host-size is -1.0; legal: a number above 0"),
         ({"host_size": 1.0, "host_ratio": 2.0}, "only one of it and --rheoserve-host-ratio"),

@@ -50,6 +50,19 @@ def test_bad_options_are_named(options, message):
         selected_pages({"rheoserve": options}, SERVER)
 
 
+def test_a_server_may_bound_what_requests_choose():
+    bounded = RheoConfig(token_budget=1024, most_token_budget=2048)
+    for options, pages in ((None, 16), ({"token_budget": 2048}, 32), ({"mode": "window"}, 0)):
+        assert selected_pages({"rheoserve": options}, bounded) == pages
+    for options, message in (
+        ({"token_budget": 2112}, "token_budget is 2112; legal: at most 2048, as the server has it"),
+        ({"token_budget": 1 << 60}, "legal: at most 2048"),
+        ({"mode": "full"}, "mode is 'full'; legal: window, balanced"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            selected_pages({"rheoserve": options}, bounded)
+
+
 @pytest.mark.parametrize("server", [RheoConfig(mode="full"), RheoConfig(threshold=0.01)])
 def test_a_server_without_a_budget_takes_none(server):
     assert selected_pages({"rheoserve": {"mode": server.mode}}, server) == server.budget_pages

@@ -42,10 +42,12 @@ def selected_pages(custom_params, config: RheoConfig) -> int:
     mode = options.get("mode", config.mode)
     if mode == config.mode and "token_budget" not in options:
         return config.budget_pages
-    if not config.selects or config.threshold is not None:
+    if not config.takes_budgets:
         _refuse("", options, "nothing: the server does not select by a token budget (see --rheoserve-mode)")
-    if mode not in ("full", "window", config.mode):
-        _refuse(".mode", mode, f"full, window, {config.mode}")
+    most = config.most_token_budget
+    modes = [*(["full"] if most is None else []), "window", config.mode]
+    if mode not in modes:
+        _refuse(".mode", mode, ", ".join(modes))
     if "token_budget" not in options:
         return ALL_PAGES if mode == "full" else 0
     if mode != config.mode:
@@ -56,6 +58,8 @@ def selected_pages(custom_params, config: RheoConfig) -> int:
     if type(budget) is not int or budget % PAGE_TOKENS or budget < config.always_tokens:
         legal = f"a multiple of {PAGE_TOKENS}, at least {config.always_tokens} (sink, window and the newest page)"
         _refuse(".token_budget", budget, legal)
+    if most is not None and budget > most:
+        _refuse(".token_budget", budget, f"at most {most}, as the server has it")
     return min(budget // PAGE_TOKENS, ALL_PAGES)
 
 
