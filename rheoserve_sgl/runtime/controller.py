@@ -7,6 +7,7 @@ run between the batches of a prefill, and of the prefilled requests those decode
 
 import logging
 import math
+from functools import reduce
 
 import torch
 
@@ -24,6 +25,7 @@ from rheoserve_sgl.runtime.transaction import Transaction, logical_pages
 logger = logging.getLogger(__name__)
 LEARNING_STEPS = 16  # of a request: until then its working set is guessed
 GUESS = 1.25  # of what it may select
+NOBODY = (0, 0, 0)  # requests, their pages, those that each KV head selects
 FEW = 8  # those that decode are so many times those that joined them, or the window tells nothing of misses
 RISE = 0.02  # of the share that is taken for missed, in a window in which requests joined
 # Decode steps of others from when a request has its room until it joins them, unless a prefill goes between: an
@@ -143,9 +145,7 @@ class Controller:
         if most > 1 and len(scheduler.waiting_queue) > 1:
             scheduler.policy.calc_priority(scheduler.waiting_queue, batch)  # who comes first
         known = [one for one in (*batch.reqs, begun) if one is not None and not one.finished()]
-        load = (0, 0, 0)
-        for request in known:
-            load = self._with(load, request)
+        load = reduce(self._with, known, NOBODY)
         for count, request in enumerate(scheduler.waiting_queue[: max(most, 0)]):
             load = self._with(load, request)
             if (known or count) and not self._keeps(load, FILLED):
@@ -226,7 +226,7 @@ class Controller:
     def _objective(self, requests):
         """Tells, by its row, whether one more is allowed: whether a step of it and all that were allowed before is
         predicted to leave time for chunks, or, if it decodes already, to take no longer than it may. The first is."""
-        allowed = (0, 0, 0)
+        allowed = NOBODY
 
         def allows(row: int) -> bool:
             nonlocal allowed
@@ -243,13 +243,11 @@ class Controller:
 
     def _predict(self, requests, rows: list[int]) -> float:
         """Seconds of a step of these rows."""
-        load = (0, 0, 0)
-        for row in rows:
-            load = self._with(load, requests[row])
+        load = reduce(self._with, (requests[row] for row in rows), NOBODY)
         return self._coordinator.latency.predict(self._load(*load))
 
     def _with(self, load: tuple[int, int, int], request) -> tuple[int, int, int]:
-        """One more in (requests, their pages, those that each KV head selects)."""
+        """One more than in `load`: see NOBODY."""
         requests, pages, selected = load
         own, slot = self._pages(request), request.req_pool_idx
         limit = self._config.budget_pages if slot is None else self._pool.limits.of(slot)
