@@ -3,10 +3,11 @@
 A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. With `--start` it
 trains an exported model further; give it another `--seed`. With `--gates` a gate a layer is trained beside the model,
 and their divergence is a part of its loss (benchmarks/nano/gates.py); with `--selected` it also learns to get by with
-what they pick (benchmarks/nano/selected.py). A state is saved
-every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped. DIR holds the
-results: weights.pt (bf16, transformers' names), gate/ (SeerAttention-R's format), log.jsonl (one line a report) and
-state.pt.
+what they pick (benchmarks/nano/selected.py). Several GPUs share each step's tokens (benchmarks/nano/ranks.py).
+
+A state is saved every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped.
+DIR holds the results: weights.pt (bf16, transformers' names), gate/ (SeerAttention-R's format), log.jsonl (one line a
+report) and state.pt.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer
 from benchmarks.nano.gates import ROWS, Gates, draw_positions
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
+from benchmarks.nano.ranks import Ranks
 from benchmarks.nano.samples import RECALL, STEP, make_sample
 from benchmarks.nano.selected import Selected, draw_blocks
 
@@ -108,10 +110,10 @@ class Divergence:
 
 
 class Run:
-    """One training run's state, on disk and in memory."""
+    """One training run's state, on disk and in memory; the first rank's is the one on disk."""
 
-    def __init__(self, args):
-        self.args = args
+    def __init__(self, args, ranks: Ranks):
+        self.args, self.ranks = args, ranks
         size = Size(**{field.name: getattr(args, field.name) for field in fields(Size) if hasattr(args, field.name)})
         torch.manual_seed(args.seed)
         self.model = Nano(size).to(args.device)
@@ -141,6 +143,7 @@ class Run:
             self.optimizer.load_state_dict(stored["optimizer"])
             self.step, self.spent = stored["step"], stored["spent"]
         self.size = size
+        torch.manual_seed(args.seed + self.step + ranks.rank)  # what is drawn from here on is each rank's own
 
     @property
     def share(self) -> float:
@@ -148,6 +151,8 @@ class Run:
         return self.step / self.args.steps if self.args.steps else self.spent / self.args.seconds
 
     def save(self):
+        if self.ranks.rank:
+            return
         part = self.file.with_suffix(".part")
         torch.save(
             {
@@ -166,6 +171,8 @@ class Run:
             self.gates.save(self.args.out / "gate")
 
     def log(self, **what):
+        if self.ranks.rank:
+            return
         line = json.dumps({"step": self.step, "seconds": round(self.spent, 1), **what})
         print(line, flush=True)
         with (self.args.out / "log.jsonl").open("a") as file:
@@ -173,7 +180,7 @@ class Run:
 
 
 def train(run: Run, pool: ProcessPoolExecutor):
-    args, model = run.args, run.model
+    args, model, ranks = run.args, run.model, run.ranks
     if run.share >= 1.0:
         return
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
@@ -184,7 +191,8 @@ def train(run: Run, pool: ProcessPoolExecutor):
         nonlocal seed
         lengths = contexts_at(min(run.share, 1.0), args.context, MORE if args.start else PHASES)
         length = lengths[seed % len(lengths)]
-        waiting.append((lengths, length, pool.submit(make_batch, length, args.tokens, args.seed * 10_000_019 + seed)))
+        own = args.seed * 10_000_019 + seed * ranks.count + ranks.rank
+        waiting.append((lengths, length, pool.submit(make_batch, length, args.tokens // ranks.count, own)))
         seed += 1
 
     for _ in range(2 * args.workers):
@@ -213,13 +221,14 @@ def train(run: Run, pool: ProcessPoolExecutor):
             whole = loss + (weight or 1.0) * divergence.mean()
             apart.append(divergence.mean().detach())
         whole.backward()
+        ranks.average(parameter for group in run.optimizer.param_groups for parameter in group["params"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
         losses.setdefault(length, []).append(loss.detach())
-        seen += weights.numel()
-        run.spent = start + time.perf_counter() - began
+        seen += weights.numel() * ranks.count
+        run.spent = ranks.agree(start + time.perf_counter() - began)
         if run.step % REPORT_STEPS == 0:
             gates = {"gates": round(torch.stack(apart).mean().item(), 4)} if apart else {}
             means = {length: round(torch.stack(some).mean().item(), 4) for length, some in sorted(losses.items())}
@@ -233,7 +242,9 @@ def train(run: Run, pool: ProcessPoolExecutor):
 
 
 def evaluate(run: Run, pool: ProcessPoolExecutor, lengths: tuple[int, ...], autocast):
-    """Answers right on samples that training does not see, of these lengths."""
+    """Answers right on samples that training does not see, of these lengths; told by the first rank."""
+    if run.ranks.rank:
+        return
     for length in lengths:
         batch = pool.submit(make_batch, length, min(run.args.tokens, 8 * length), EVALUATION_SEED + length).result()
         with torch.no_grad(), autocast:
@@ -259,7 +270,7 @@ def main(argv=None):
     parser.add_argument("--start", type=Path, help="an exported model, to train further, with its gate")
     parser.add_argument("--seconds", type=float, default=450, help="of training, over all runs with this --out")
     parser.add_argument("--steps", type=int, help="instead of seconds")
-    parser.add_argument("--tokens", type=int, default=262_144, help="of a step")
+    parser.add_argument("--tokens", type=int, default=262_144, help="of a step, of all ranks together")
     parser.add_argument("--context", type=int, default=32_768, help="the longest")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -289,8 +300,12 @@ def main(argv=None):
         parser.error("--selected: there are no gates, --gates is 0")
     tokenizer = args.tokenizer / "tokenizer.json"
     args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    ranks = Ranks()
+    if ranks.rank == 0:
+        prepare(args)
+    ranks.agree(0.0)  # the others wait for what the first one writes
     haystack = prepare(args)
-    run = Run(args)
+    run = Run(args, ranks)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
         run.model.compile_parts()
@@ -298,6 +313,7 @@ def main(argv=None):
     run.log(parameters=parameters, device=args.device)
     with ProcessPoolExecutor(args.workers, initializer=start_worker, initargs=(haystack, tokenizer)) as pool:
         train(run, pool)
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Several processes train one model: they agree on what they decide by, their gradients are each other's mean, and a
+whole run of two learns and writes its log once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from serving import free_port
+
+from benchmarks.nano import tokenizer
+from benchmarks.nano.ranks import Ranks
+from rheoserve_sgl.nano.make import chat_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def average_of(rank: int, port: int, out: Path):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    ranks = Ranks()
+    some, other = (torch.nn.Parameter(torch.zeros(size)) for size in ((3, 2), (4,)))
+    some.grad = torch.full_like(some, rank + 1.0)
+    if rank:
+        other.grad = torch.arange(4.0)
+    ranks.average([some, other])
+    torch.save({"some": some.grad, "other": other.grad, "agreed": ranks.agree(rank + 0.1)}, out / f"{rank}.pt")
+    ranks.close()
+
+
+def test_gradients_are_the_mean_and_decisions_the_first_ranks(tmp_path):
+    mp.spawn(average_of, (free_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        told = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(told["some"], torch.full((3, 2), 1.5))
+        assert torch.equal(told["other"], torch.arange(4.0) / 2)  # the first rank had none
+        assert told["agreed"] == 0.1
+
+
+def test_one_process_needs_no_other(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks, parameter = Ranks(), torch.nn.Parameter(torch.zeros(2))
+    ranks.average([parameter])
+    assert parameter.grad is None and ranks.agree(0.3) == 0.3 and (ranks.rank, ranks.count) == (0, 1)
+
+
+def test_two_ranks_learn_one_model(tmp_path):
+    lines = [f"    value_{number % 99} = call({7 * number % 1000}, name='x')\n" for number in range(3000)]
+    documents = ["".join(lines[at : at + 100]) for at in range(0, len(lines), 100)]
+    (tmp_path / "train.txt").write_text("\0".join(documents))
+    words = tokenizer.train(documents, vocabulary=400)
+    chat_tokenizer(words).save_pretrained(tmp_path)
+    words.save(str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [str(free_port()), "-m", "benchmarks.nano.train", "--corpus", str(tmp_path), "--tokenizer"]
+    command += [str(tmp_path), "--out", str(tmp_path / "run"), "--steps", "40", "--tokens", "1024", "--context", "256"]
+    command += ["--workers", "1", "--device", "cpu", "--lr", "0.01", "--gates", "0.1", "--hidden", "64", "--inner"]
+    command += ["128", "--layers", "2", "--heads", "4", "--kv-heads", "1", "--head-dim", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    reports = [line for line in told if "loss" in line]
+    assert [line["step"] for line in reports] == [20, 40]
+    assert reports[-1]["tokens"] == 40 * 1024  # of both
+    assert reports[-1]["loss"]["256"] < reports[0]["loss"]["256"]
