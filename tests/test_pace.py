@@ -2,7 +2,7 @@
 
 import pytest
 
-from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, MOST_BETWEEN, SAVED, STALL, Pace
+from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, LEAST_CHUNK_GPU, MOST_BETWEEN, SAVED, STALL, Pace
 from rheoserve_sgl.runtime.step_clock import BLEND
 
 
@@ -167,7 +167,10 @@ def test_whole_prompts_stay_whole_and_small_chunks_as_a_user_asked_for_them():
 
 
 def test_a_chunk_has_as_many_tokens_as_the_device_makes_worth_while():
-    pace = Pace(8, 8192, 0.001, least=4096)
+    pace = Pace(8, 8192, 0.001, gpu=True)
     for _ in range(5):
         pace.learn(0.5, 0.5, 8192)
-    assert pace.chunk == 4096
+    assert pace.chunk == LEAST_CHUNK_GPU
+    pace = Pace(8, 8192, 0.016, gpu=True)
+    pace.learn(0.5, 0.5, 8192)  # as long as 31 tokens may take
+    assert pace.chunk == 8192

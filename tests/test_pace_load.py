@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK_GPU, Pace
+from rheoserve_sgl.runtime.pace import FILLED, Pace
 from rheoserve_sgl.runtime.step_clock import BLEND
 
 
@@ -42,7 +42,7 @@ def serve(objective: float | None, seed: int, rate: float = 0.2, seconds: float 
     draw, at, load = random.Random(seed), 0.0, []
     while (at := at + draw.expovariate(rate)) < seconds:
         load.append(Request(at, draw.randint(16384, 65536), draw.randint(2048, 6144)))
-    pace, now, mean = Pace(8, 8192, objective, LEAST_CHUNK_GPU), 0.0, (0.0, 0.0)
+    pace, now, mean = Pace(8, 8192, objective, gpu=True), 0.0, (0.0, 0.0)
     waiting, running, begun = list(load), [], None
     while waiting or running or begun:
         arrived = bool(waiting) and waiting[0].arrives <= now

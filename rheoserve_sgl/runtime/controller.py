@@ -16,7 +16,7 @@ from rheoserve_sgl.coordinator.coordinator import LONG_PREFILL
 from rheoserve_sgl.coordinator.working_set import UNKNOWN
 from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
-from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, LEAST_CHUNK_GPU, Pace
+from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, Pace
 from rheoserve_sgl.runtime.ranks import largest
 from rheoserve_sgl.runtime.slots import Slots, divisible
 from rheoserve_sgl.runtime.step_clock import TIMED_STEPS, StepClock
@@ -71,7 +71,7 @@ class Controller:
         objective = None if config.tpot_slo_ms is None else config.tpot_slo_ms / 1000
         # Mixed batches decode while they prefill.
         between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
-        self.pace = Pace(between, chunk, objective, LEAST_CHUNK_GPU if pool.importance.is_cuda else LEAST_CHUNK)
+        self.pace = Pace(between, chunk, objective, gpu=pool.importance.is_cuda)
         self._prefills, self._held_seconds = 0, 0.0  # of the clock's, those that the pace knows
         self.beside = False  # whether others decode, which the prefill that was made ready last holds up
         self._measured = 0  # of the working sets' measurements, those taken in

@@ -8,9 +8,10 @@ follow one another as without an objective.
 from rheoserve_sgl import PAGE_TOKENS
 
 MOST_BETWEEN = 128  # decode steps between two batches of a prefill, whatever the objective asks for
-STALL = 8  # a chunk holds up those that decode for as many tokens' time, at most
-# Tokens of a chunk, at least. On a GPU what a chunk takes besides (launching its layers, staging the prefix) is as much
-# as two thousand tokens, so smaller ones would hold the others up for longer in the end.
+# A chunk holds up those that decode for as many tokens' time, at most, but has so many tokens at least. On a GPU what
+# a chunk takes besides (launching its layers, staging the prefix) is as much as some thousand tokens take, so that
+# smaller ones would hold the others up for longer in the end.
+STALL, STALL_GPU = 8, 32
 LEAST_CHUNK, LEAST_CHUNK_GPU = 512, 4096
 FASTEST = 2  # a chunk becomes at most so many times as large at once: its time does not follow its size exactly
 FILLED = 0.85  # of a token's time may go to a decode step where one joins; the rest is for chunks
@@ -26,11 +27,12 @@ class Pace:
         between: decode steps between two batches of a prefill, at least; 0: prefill never waits
         chunk: tokens, at most
         objective: seconds that a token may take on average; None: any
-        least: tokens of a chunk, at least
+        gpu: whether chunks are a GPU's
     """
 
-    def __init__(self, between: int, chunk: int | None, objective: float | None, least: int = LEAST_CHUNK):
-        self._between, self._most, self._objective, self._least = between, chunk, objective, least
+    def __init__(self, between: int, chunk: int | None, objective: float | None, gpu: bool = False):
+        self._between, self._most, self._objective = between, chunk, objective
+        self._stall, self._least = (STALL_GPU, LEAST_CHUNK_GPU) if gpu else (STALL, LEAST_CHUNK)
         self.chunk = chunk
         self.learns = objective is not None and between > 0
         self._bound = SAVED * (1 - FILLED) * objective if self.learns else 0.0
@@ -48,7 +50,7 @@ class Pace:
         if self.learns:
             self._save(-held)
         if self.learns and seconds and tokens and self.chunk is not None:
-            fits = min(tokens * STALL * self._objective / seconds, self.chunk * FASTEST)
+            fits = min(tokens * self._stall * self._objective / seconds, self.chunk * FASTEST)
             self.chunk = min(int(max(fits, self._least)) // PAGE_TOKENS * PAGE_TOKENS, self._most)
 
     def stepped(self, seconds: float):
