@@ -1,7 +1,7 @@
 """Tasks with one right answer each: facts hidden in source text, asked at its end, in one turn or several.
 
-After RULER (Hsieh et al., 2024): a single needle, several keys at once, variable tracking; and recall over the turns of
-a chat. Texts are cut by the model's own tokenizer to the wanted context.
+After RULER (Hsieh et al., 2024): a single needle, one of several keys, several keys in one question (its multi-query),
+variable tracking; and recall over the turns of a chat. The model's own tokenizer cuts texts to the wanted context.
 """
 
 import random
@@ -29,10 +29,21 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
-def needle(text: Callable, draw: random.Random) -> Sample:
-    """One key, anywhere."""
+def needle(text: Callable, draw: random.Random, others: int = DISTRACTORS) -> Sample:
+    """One key, anywhere, beside others."""
     facts = _facts(1, draw)
-    return Sample((Turn(_hide(text, facts, draw) + f"\nWhat is the value of {facts[0].name}?", (facts[0].value,)),))
+    question = f"\nWhat is the value of {facts[0].name}?"
+    return Sample((Turn(_hide(text, facts, draw, others) + question, (facts[0].value,)),))
+
+
+def single(text: Callable, draw: random.Random) -> Sample:
+    """One key, and no other in the text."""
+    return needle(text, draw, others=0)
+
+
+def four_keys(text: Callable, draw: random.Random) -> Sample:
+    """One key of four."""
+    return needle(text, draw, others=3)
 
 
 def four_needles(text: Callable, draw: random.Random) -> Sample:
@@ -59,7 +70,7 @@ def turns(text: Callable, draw: random.Random) -> Sample:
     return Sample((first, Turn(asked[1], (facts[1].value,)), Turn(asked[2], (facts[0].value,))))
 
 
-TASKS = {"needle": needle, "four_needles": four_needles, "chain": chain, "turns": turns}
+TASKS = {task.__name__: task for task in (needle, four_needles, chain, turns, single, four_keys)}
 
 
 class Texts:
@@ -106,12 +117,12 @@ def _facts(count: int, draw: random.Random) -> list[Fact]:
     return [Fact(name, make_value(draw)) for name in names]
 
 
-def _hide(text: Callable, facts: list[Fact], draw: random.Random) -> str:
-    """The text with the facts in it, in their order, outside the last tenth; and others, anywhere."""
+def _hide(text: Callable, facts: list[Fact], draw: random.Random, others: int = DISTRACTORS) -> str:
+    """The text with the facts in it, in their order, outside the last tenth; and so many others, anywhere."""
     lines = text()
     places = sorted(draw.randrange(max(len(lines) * 9 // 10, 1)) for _ in facts)
     inserted = list(zip(places, facts, strict=True))
-    inserted += [(draw.randrange(len(lines) + 1), fact) for fact in _facts(DISTRACTORS, draw)]
+    inserted += [(draw.randrange(len(lines) + 1), fact) for fact in _facts(others, draw)]
     for place, fact in sorted(inserted, key=lambda pair: pair[0], reverse=True):
         lines.insert(place, fact.line)
     return "".join(lines)
