@@ -1,5 +1,7 @@
 """The latency model: its prior, what it learns from a machine that behaves otherwise, and the clock it learns by."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -142,3 +144,20 @@ def test_only_what_others_wait_for_holds_them_up():
         clock.launched(PREFILL, tokens, beside)
         time.now += took
     assert clock.held_seconds == 6.0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_all_the_time_that_tokens_waited_is_counted_once(overlap):
+    """Whatever is a chunk's of an iteration and what a step's: together they are all iterations but the first ones."""
+    time, draw, total = Time(), random.Random(3), 0.0
+    clock = StepClock(overlap, time, least=512)
+    for number in range(300):
+        clock.tick()
+        counted = clock.decoded_seconds + clock.held_seconds + clock._ahead
+        assert counted == pytest.approx(total if number > overlap else 0.0)
+        kind = PREFILL if number > 20 and draw.random() < 0.2 else DECODE
+        clock.launched(kind, 512 if kind == PREFILL else 0, beside=kind == PREFILL)
+        took = draw.uniform(0.9, 1.1)
+        time.now += took
+        total += took if number >= overlap else 0.0
+    assert clock.decoded + clock.prefills == 299 - overlap

@@ -7,17 +7,19 @@ from rheoserve_sgl.runtime.step_clock import BLEND
 
 
 class Machine:
-    """Decodes and, when the pace lets it, prefills: chunks take `fixed` seconds and `rate` tokens a second."""
+    """Decodes and, when the pace lets it, prefills: chunks take `fixed` seconds and `rate` tokens a second, and steps
+    `slower` times as long as is predicted."""
 
-    def __init__(self, pace: Pace, step: float, fixed: float, rate: float):
-        self.pace, self.step, self.fixed, self.rate = pace, step, fixed, rate
+    def __init__(self, pace: Pace, step: float, fixed: float, rate: float, slower: float = 1.0):
+        self.pace, self.step, self.fixed, self.rate, self.slower = pace, step, fixed, rate, slower
+        self.told = 0  # steps that the pace has been told of
         self.mean = (0.0, 0.0)  # of late, seconds and tokens of a chunk
         self.steps, self.seconds, self.between = 0, 0.0, []
 
     def decode(self, steps: int):
         for _ in range(steps):
             self.pace.stepped(self.step)
-        self.steps, self.seconds = self.steps + steps, self.seconds + steps * self.step
+        self.steps, self.seconds = self.steps + steps, self.seconds + steps * self.step * self.slower
 
     def prefill(self, chunks: int):
         """So many chunks, each as soon as it may."""
@@ -32,7 +34,8 @@ class Machine:
             weight = BLEND if self.mean[1] else 1.0
             self.mean = tuple(old + weight * (new - old) for old, new in zip(self.mean, (took, tokens), strict=True))
             self.seconds += took
-            self.pace.learn(took, *self.mean)
+            new, self.told = self.steps - self.told, self.steps
+            self.pace.learn(new, new * self.step * self.slower, took, *self.mean)
 
     def token(self, chunks: int) -> float:
         """Seconds of a token on average, while so many chunks are prefilled."""
@@ -91,8 +94,15 @@ def test_those_that_join_have_saved_nothing():
     for _ in range(8):
         pace.stepped(0.01)
     assert not pace.waits
-    pace.learn(0.1, 0.1, 2048)
+    pace.learn(8, 0.08, 0.1, 0.1, 2048)
     assert pace.waits  # what others saved is not for those that come after them
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.0, 1.2, 1.4])
+def test_what_is_measured_counts_and_not_what_was_predicted(slower):
+    machine = Machine(Pace(8, 2048, 0.02), 0.01, 0.0, 2e4, slower)
+    machine.prefill(30)
+    assert 0.95 * 0.02 < machine.token(100) < 1.03 * 0.02
 
 
 def test_an_objective_that_cannot_be_kept_stops_no_prompt_for_long():
@@ -128,10 +138,11 @@ def test_a_prompt_that_must_go_on_waits_no_longer(between):
 def test_short_prompts_are_paid_by_what_they_took():
     """As one of 200 tokens may take as long as one of 2,000."""
     pace = Pace(8, 8192, 0.02)
-    steps = 0
+    steps = told = 0
     for _ in range(100):
         pace.held()
-        pace.learn(0.2, 0.0, 0.0)
+        pace.learn(steps - told, (steps - told) * 0.01, 0.2, 0.0, 0.0)
+        told = steps
         while pace.waits:
             pace.stepped(0.01)
             steps += 1
@@ -156,9 +167,9 @@ def test_without_an_objective_or_steps_between_nothing_is_learnt(between, object
 
 def test_whole_prompts_stay_whole_and_small_chunks_as_a_user_asked_for_them():
     whole, small = Pace(4, None, 0.02), Pace(8, 256, 0.001)
-    small.learn(1.0, 1.0, 256)
+    small.learn(0, 0.0, 1.0, 1.0, 256)
     whole.held()
-    whole.learn(0.2, 0.2, 9000)
+    whole.learn(0, 0.0, 0.2, 0.2, 9000)
     assert whole.chunk is None and small.chunk == 256
     for steps in range(20):
         assert whole.waits == (steps < 20)
@@ -169,8 +180,8 @@ def test_whole_prompts_stay_whole_and_small_chunks_as_a_user_asked_for_them():
 def test_a_chunk_has_as_many_tokens_as_the_device_makes_worth_while():
     pace = Pace(8, 8192, 0.001, gpu=True)
     for _ in range(5):
-        pace.learn(0.5, 0.5, 8192)
+        pace.learn(0, 0.0, 0.5, 0.5, 8192)
     assert pace.chunk == LEAST_CHUNK_GPU
     pace = Pace(8, 8192, 0.016, gpu=True)
-    pace.learn(0.5, 0.5, 8192)  # as long as 31 tokens may take
+    pace.learn(0, 0.0, 0.5, 0.5, 8192)  # as long as 31 tokens may take
     assert pace.chunk == 8192

@@ -37,12 +37,18 @@ def chunk_seconds(tokens: int, prefix: int) -> float:
     return max(0.03 + 47e-6 * tokens * (1 + prefix / 200_000), 0.02 + 2.9e-6 * prefix)
 
 
-def serve(objective: float | None, seed: int, rate: float = 0.2, seconds: float = 150.0) -> list[Request]:
-    """What a server makes of a random load, one prompt at a time beside those that decode."""
+def serve(
+    objective: float | None, seed: int, rate: float = 0.2, seconds: float = 150.0, slower: float = 1.0
+) -> list[Request]:
+    """What a server makes of a random load, one prompt at a time beside those that decode.
+
+    Args:
+        slower: steps take so many times what is predicted
+    """
     draw, at, load = random.Random(seed), 0.0, []
     while (at := at + draw.expovariate(rate)) < seconds:
         load.append(Request(at, draw.randint(16384, 65536), draw.randint(2048, 6144)))
-    pace, now, mean = Pace(8, 8192, objective, gpu=True), 0.0, (0.0, 0.0)
+    pace, now, mean, steps, stepping = Pace(8, 8192, objective, gpu=True), 0.0, (0.0, 0.0), 0, 0.0
     waiting, running, begun = list(load), [], None
     while waiting or running or begun:
         arrived = bool(waiting) and waiting[0].arrives <= now
@@ -57,21 +63,24 @@ def serve(objective: float | None, seed: int, rate: float = 0.2, seconds: float 
             now, begun.read = now + took, begun.read + tokens
             weight = BLEND if mean[1] else 1.0
             mean = tuple(old + weight * (new - old) for old, new in zip(mean, (took, tokens), strict=True))
-            pace.learn(took if running else 0.0, *mean)
+            pace.learn(steps, stepping, took if running else 0.0, *mean)
+            steps, stepping = 0, 0.0
             if begun.read == begun.prompt:
                 begun.first, begun.told = now, 1
                 running.append(begun)
                 begun = None
                 pace.joined(1, len(running))
         elif running:
-            pace.stepped(step_seconds(len(running)))
-            now += step_seconds(len(running))
+            predicted = step_seconds(len(running))
+            pace.stepped(predicted)
+            steps, stepping, now = steps + 1, stepping + slower * predicted, now + slower * predicted
             for request in running:
                 request.told += 1
                 request.ended = now
             running = [request for request in running if request.told < request.answer]
             if not running:
                 pace.rest()
+                steps, stepping = 0, 0.0
         else:
             now = waiting[0].arrives
     return load
@@ -84,6 +93,12 @@ def test_tokens_keep_an_objective_that_the_load_would_break(objective, seed):
     assert max(one.token for one in served) < 1.03 * objective
     assert max(one.token for one in serve(None, seed)) > 1.03 * objective  # else this could not tell
     assert all(one.told == one.answer for one in served)
+
+
+@pytest.mark.parametrize("slower", [0.95, 1.1])
+def test_tokens_keep_an_objective_where_steps_take_longer_than_predicted(slower):
+    served = serve(0.016, 1, slower=slower)
+    assert max(one.token for one in served) < 1.05 * 0.016  # the door goes by what is predicted
 
 
 def test_an_objective_that_the_load_keeps_by_itself_delays_little():

@@ -72,7 +72,7 @@ class Controller:
         # Mixed batches decode while they prefill.
         between = 0 if scheduler.is_mixed_chunk else config.decode_interleave
         self.pace = Pace(between, chunk, objective, gpu=pool.importance.is_cuda)
-        self._prefills, self._held_seconds = 0, 0.0  # of the clock's, those that the pace knows
+        self._prefills, self._waited = 0, self.clock.waited  # of the clock's, those that the pace knows
         self.beside = False  # whether others decode, which the prefill that was made ready last holds up
         self._measured = 0  # of the working sets' measurements, those taken in
         self._counts = (0.0, 0.0)  # blocks visited and selected, at the last measurement
@@ -125,8 +125,9 @@ class Controller:
         clock = self.clock
         if not self.pace.learns or clock.prefills == self._prefills:
             return
-        took = [clock.held_seconds - self._held_seconds, clock.chunk_seconds, clock.chunk_tokens]
-        self._prefills, self._held_seconds = clock.prefills, clock.held_seconds
+        since = [now - then for now, then in zip(clock.waited, self._waited, strict=True)]
+        self._prefills, self._waited = clock.prefills, clock.waited
+        took = [*since, clock.chunk_seconds, clock.chunk_tokens]
         if self.scheduler.ps.tp_size > 1:  # they come here after the same prefill
             took = largest(took, self.scheduler.tp_cpu_group)
         self.pace.learn(*took)
@@ -160,16 +161,20 @@ class Controller:
         """
         self.beside = beside
         if not beside:
-            self.pace.rest()
+            self._rest_pace()
         self.pace.held()
         if tokens >= LONG_PREFILL:  # meanwhile their blocks come
             for request in self._coming:
                 Transaction.of(request).coming = self._load_steps
 
+    def _rest_pace(self):
+        self.pace.rest()
+        self._waited = self.clock.waited
+
     def rest(self):
         """The last request has ended."""
         self._decoding, self._joined, self._changed = [], math.inf, True
-        self.pace.rest()
+        self._rest_pace()
         self._expect([])
         self._coordinator.load |= {"transactions_decoding": 0, "transactions_waiting": 0, "working_set_pages": 0.0}
 

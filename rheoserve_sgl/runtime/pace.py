@@ -37,6 +37,7 @@ class Pace:
         self.learns = objective is not None and between > 0
         self._bound = SAVED * (1 - FILLED) * objective if self.learns else 0.0
         self._saved = 0.0  # seconds; below zero: owed
+        self._known = 0.0  # of it, what is measured; the rest are steps that were predicted since
         self._steps = between  # since the last batch of a prefill
 
     @property
@@ -44,11 +45,17 @@ class Pace:
         """Whether those that decode go on before the next batch of a prefill."""
         return self._steps < self._between or (self._saved < 0.0 and self._steps < MOST_BETWEEN)
 
-    def learn(self, held: float, seconds: float, tokens: float):
-        """Take in for how many seconds batches of a prefill held up those that decode since the last call, and what a
-        chunk took, means of late (0.0: none yet)."""
+    def learn(self, steps: float, took: float, held: float, seconds: float, tokens: float):
+        """Take in what was measured since the last call, which replaces what was predicted.
+
+        Args:
+            steps, took: decode steps and their seconds
+            held: seconds for which batches of a prefill held up those that decode
+            seconds, tokens: of a chunk, means of late; 0.0: none yet
+        """
         if self.learns:
-            self._save(-held)
+            saved = self._bounded(self._known + steps * self._objective - took)
+            self._saved = self._known = self._bounded(saved - held)
         if self.learns and seconds and tokens and self.chunk is not None:
             fits = min(tokens * self._stall * self._objective / seconds, self.chunk * FASTEST)
             self.chunk = min(int(max(fits, self._least)) // PAGE_TOKENS * PAGE_TOKENS, self._most)
@@ -57,7 +64,7 @@ class Pace:
         """A decode step is about to run, and takes so long."""
         self._steps += 1
         if self.learns:
-            self._save(self._objective - seconds)
+            self._saved = self._bounded(self._saved + (self._objective - seconds))
 
     def held(self):
         """A batch of a prefill is about to run."""
@@ -69,12 +76,12 @@ class Pace:
 
     def joined(self, new: int, count: int):
         """Of those that decode, so many are new: they have saved nothing."""
-        if self._saved > 0.0:
-            self._saved *= 1 - new / count
+        lost = max(self._saved, 0.0) * new / count
+        self._saved, self._known = self._saved - lost, self._known - lost
 
     def rest(self):
         """Nothing decodes any more."""
-        self._saved, self._steps = 0.0, self._between
+        self._saved, self._known, self._steps = 0.0, 0.0, self._between
 
-    def _save(self, seconds: float):
-        self._saved = min(max(self._saved + seconds, -self._bound), self._bound)
+    def _bounded(self, saved: float) -> float:
+        return min(max(saved, -self._bound), self._bound)

@@ -18,6 +18,8 @@ class StepClock:
     steps, seconds: decode steps since `restart`, and what they took
     prefills: batches of a prefill so far
     held_seconds: of all of those that held up others that decode
+    decoded, decoded_seconds: decode steps so far, and what they took: with `held_seconds` all the time that those that
+        decode waited for tokens
     chunks: those of `least` tokens or more
     chunk_seconds, chunk_tokens: of one, running means; 0.0 before the first
 
@@ -32,7 +34,7 @@ class StepClock:
         self._began = None
         self._ahead = 0.0  # seconds of a prefill before the step in front of it was seen to have ended
         self._beside: deque[bool] = deque(maxlen=self._lag)
-        self.prefills, self.held_seconds = 0, 0.0
+        self.prefills, self.held_seconds, self.decoded, self.decoded_seconds = 0, 0.0, 0, 0.0
         self.chunks, self.chunk_seconds, self.chunk_tokens, self._usual = 0, 0.0, 0.0, 0.0
         self.steps, self.seconds = 0, 0.0
         self.restart()
@@ -50,18 +52,22 @@ class StepClock:
         if before is None or len(self._launched) < self._lag or NOTHING in self._launched:
             self._ahead = 0.0
             return
-        took = now - before
-        if self._launched[0] == DECODE and self._launched[-1] == PREFILL:
-            # It begins as soon as it is launched: what the step before it did not need is its.
-            self._ahead = max(took - self.usual_seconds, 0.0) if self.usual_seconds else 0.0
+        took, usual = now - before, self.usual_seconds
         if self._launched[0] == PREFILL:
             self._learn_prefill(took + self._ahead, self._tokens[0], self._beside[0])
             self._ahead = 0.0
-        elif self._skip:
+            return
+        if self._launched[-1] == PREFILL and usual:
+            # It begins as soon as it is launched: what the step before it did not need is its.
+            self._ahead = max(took - usual, 0.0)
+            took = min(took, usual)
+        elif usual:
+            took = min(took, FAR_OFF * usual)
+        self.decoded, self.decoded_seconds = self.decoded + 1, self.decoded_seconds + took
+        if self._skip:
             self._skip -= 1
         elif PREFILL not in self._launched:
-            usual = self.usual_seconds
-            self.steps, self.seconds = self.steps + 1, self.seconds + (min(took, FAR_OFF * usual) if usual else took)
+            self.steps, self.seconds = self.steps + 1, self.seconds + took
 
     def _learn_prefill(self, took: float, tokens: int, beside: bool):
         blend, mean = BLEND, self.chunk_seconds
@@ -87,6 +93,11 @@ class StepClock:
         self._launched.append(what)
         self._tokens.append(tokens)
         self._beside.append(beside)
+
+    @property
+    def waited(self) -> tuple[int, float, float]:
+        """decoded, decoded_seconds, held_seconds"""
+        return self.decoded, self.decoded_seconds, self.held_seconds
 
     @property
     def step_seconds(self) -> float:
