@@ -102,7 +102,7 @@ class Dots {
   }
 
   template <int F, class Stride>
-  static void multiply(const float* q, const float* keys, Stride words, typename V::Reg* acc) {
+  [[gnu::always_inline]] static void multiply(const float* q, const float* keys, Stride words, typename V::Reg* acc) {
     const typename V::Reg first = V::load(q);
     if constexpr (kParts == 1) {
       for (int i = 0; i < V::kTokens; ++i) acc[i] = V::fma(first, V::template spread<F>(keys + i * words), acc[i]);
@@ -116,7 +116,7 @@ class Dots {
   }
 
   template <int F, int N>
-  static void fold_all(typename V::Reg* acc) {
+  [[gnu::always_inline]] static void fold_all(typename V::Reg* acc) {
     if constexpr (F > 1) {
       for (int i = 0; i < N / 2; ++i) acc[i] = V::fold(acc[2 * i], acc[2 * i + 1]);
       fold_all<F / 2, N / 2>(acc);
