@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from serving import free_port
 
 from benchmarks.nano import tokenizer
-from benchmarks.nano.ranks import Ranks
+from benchmarks.nano.ranks import Ranks, launch
 from rheoserve_sgl.nano.make import chat_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,7 @@ def test_two_ranks_learn_one_model(tmp_path):
     words = tokenizer.train(documents, vocabulary=400)
     chat_tokenizer(words).save_pretrained(tmp_path)
     words.save(str(tmp_path / "tokenizer.json"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command += [str(free_port()), "-m", "benchmarks.nano.train", "--corpus", str(tmp_path), "--tokenizer"]
+    command = [sys.executable, "-m", "benchmarks.nano.train", "--gpus", "2", "--corpus", str(tmp_path), "--tokenizer"]
     command += [str(tmp_path), "--out", str(tmp_path / "run"), "--steps", "40", "--tokens", "1024", "--context", "256"]
     command += ["--workers", "1", "--device", "cpu", "--lr", "0.01", "--gates", "0.1", "--hidden", "64", "--inner"]
     command += ["128", "--layers", "2", "--heads", "4", "--kv-heads", "1", "--head-dim", "32"]
@@ -67,3 +67,13 @@ def test_two_ranks_learn_one_model(tmp_path):
     assert [line["step"] for line in reports] == [20, 40]
     assert reports[-1]["tokens"] == 40 * 1024  # of both
     assert reports[-1]["loss"]["256"] < reports[0]["loss"]["256"]
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    (tmp_path / "uneven.py").write_text(
+        "import os, time\ntime.sleep(0 if os.environ['RANK'] == '1' else 600)\nraise SystemExit(3)"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(RuntimeError, match="rank 1 of 2 ended with 3"):
+            launch("uneven", [], 2)

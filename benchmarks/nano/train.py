@@ -3,7 +3,7 @@
 A run lasts `--seconds`, of which the first part is spent on short contexts and the last on long ones. With `--start` it
 trains an exported model further; give it another `--seed`. With `--gates` a gate a layer is trained beside the model,
 and their divergence is a part of its loss (benchmarks/nano/gates.py); with `--selected` it also learns to get by with
-what they pick (benchmarks/nano/selected.py). Several GPUs share each step's tokens (benchmarks/nano/ranks.py).
+what they pick (benchmarks/nano/selected.py). `--gpus` share each step's tokens (benchmarks/nano/ranks.py).
 
 A state is saved every `--save-every` seconds and at the end, and a run with the same `--out` goes on where it stopped.
 DIR holds the results: weights.pt (bf16, transformers' names), gate/ (SeerAttention-R's format), log.jsonl (one line a
@@ -13,6 +13,7 @@ report) and state.pt.
 import argparse
 import json
 import os
+import sys
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer
 from benchmarks.nano.gates import ROWS, Gates, draw_positions
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
-from benchmarks.nano.ranks import Ranks
+from benchmarks.nano.ranks import Ranks, launch
 from benchmarks.nano.samples import RECALL, STEP, make_sample
 from benchmarks.nano.selected import Selected, draw_blocks
 
@@ -287,7 +288,8 @@ def main(argv=None):
         action="store_true",
         help="what recalls attends to what its gate picks (benchmarks/nano/selected.py)",
     )
-    parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1))
+    parser.add_argument("--gpus", type=int, default=1, help="processes, a GPU each; with --device cpu just processes")
+    parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1), help="of a process")
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(Size):
@@ -300,6 +302,8 @@ def main(argv=None):
         parser.error("--selected: there are no gates, --gates is 0")
     tokenizer = args.tokenizer / "tokenizer.json"
     args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    if args.gpus > 1 and "RANK" not in os.environ:
+        return launch("benchmarks.nano.train", sys.argv[1:] if argv is None else argv, args.gpus)
     ranks = Ranks()
     if ranks.rank == 0:
         prepare(args)
