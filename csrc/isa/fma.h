@@ -162,7 +162,7 @@ class FmaLogits {
 template <class V, class T, int Pace = 1>
 class FmaValues {
  public:
-  FmaValues(const Run& run, int width) : width_(width), group_(run.group), dim_(run.dim) {}
+  FmaValues(const Run& run, int width) : width_(width), group_(run.group), dim_(run.dim), passes_((run.group + V::kHeads - 1) / V::kHeads) {}
 
   void begin(float* acc) {
     out_ = acc;
@@ -206,8 +206,9 @@ class FmaValues {
     }
     constexpr int kRead = N * V::kWidth * static_cast<int>(sizeof(T));  // bytes, of a token
     constexpr int kLines = (kRead < 64 ? 1 : kRead / 64) + Pace - 1;
-    constexpr int kTurns = kRead < 64 ? 64 / kRead : 1;
+    const int turns = (kRead < 64 ? 64 / kRead : 1) * passes_;
     Ahead next = ahead;  // in registers
+    int until = turns;
     for (int t = 0; t < tokens; ++t) {
       typename V::Reg v[N];
       for (int n = 0; n < N; ++n) v[n] = V::load(values + static_cast<int64_t>(t) * dim_ + j + n * V::kWidth);
@@ -215,14 +216,17 @@ class FmaValues {
         const typename V::Reg w = V::set1(weights[t * width_ + head + h]);
         for (int n = 0; n < N; ++n) acc[h][n] = V::fma(w, v[n], acc[h][n]);
       }
-      if (t % kTurns == 0) next.steps(kLines);
+      if (--until == 0) {
+        next.steps(kLines);
+        until = turns;
+      }
     }
     ahead = next;
     for (int h = 0; h < H; ++h)
       for (int n = 0; n < N; ++n) V::store(out + h * dim_ + n * V::kWidth, acc[h][n]);
   }
 
-  const int width_, group_, dim_;
+  const int width_, group_, dim_, passes_;
   float* out_ = nullptr;
 };
 
