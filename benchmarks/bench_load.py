@@ -6,8 +6,9 @@ time per further token, the longest gap between two, how long prefilled requests
 With `--limit` requests are cut off so many seconds after the first could arrive: tokens count till then, and a request
 without one as having waited till then. Times per further token are of requests that ended. Arrivals, lengths of prompts
 and of answers come from the seed alone, so that both systems get the same. `sglang.bench_serving` measures most of it
-by the text that comes back, which token numbers of a model without a tokenizer do not have; so the requests are sent
-from here. `--model` serves a checkpoint as it is, also without a GPU. The last line is JSON.
+by the text that comes back, which token numbers of a model without a tokenizer do not have, and sees neither waits nor
+blocks; so the requests are sent from here (bench_rates.py has that generator's figures). `--model` serves a checkpoint
+as it is, also without a GPU. The last line is JSON.
 """
 
 import argparse

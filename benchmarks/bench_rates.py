@@ -1,4 +1,5 @@
-"""Both systems over rates of requests, as SGLang's own load generator sees them (`python -m sglang.bench_serving`).
+"""Both systems over rates of requests, as SGLang's own load generator (`sglang.bench_serving`) sees them, run as
+`python -m sglang.benchmark.serving`.
 
 Servers, shapes and device memory for KV as in bench_load.py, and a made tokenizer, since that generator counts what
 comes back as text: each token number is a word. Prompts are of a quarter of `--prompt` to all of it, answers of a
@@ -50,12 +51,13 @@ def write_tokenizer(folder: Path, words: int):
 def measure(server: Server, system: str, rate: float, folder: Path, args) -> dict:
     """What the generator reports of one rate."""
     told = folder / f"{system}-{rate:g}.jsonl"
+    server.flush()  # a rate's prompts are those of the one before
     before = rheo_counts(server)
-    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]
+    command = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.url]
     command += ["--model", str(server.model), "--dataset-name", "random-ids", "--tokenize-prompt"]
     command += ["--random-input-len", str(args.prompt), "--random-output-len", str(args.answer)]
     command += ["--random-range-ratio", str(SHARE), "--num-prompts", str(args.requests), "--request-rate", str(rate)]
-    command += ["--seed", str(args.seed), "--flush-cache", "--disable-tqdm", "--output-file", str(told)]
+    command += ["--seed", str(args.seed), "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(told)]
     with (folder / f"{system}-{rate:g}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     report = json.loads(told.read_text().splitlines()[-1])
@@ -96,7 +98,8 @@ def main():
         (folder / "churn").write_text(str(args.churn))
         for system in args.systems:
             flags, program = flags_of(system, lengths, folder)
-            flags = [flag for flag in flags if flag != "--skip-tokenizer-init"]
+            # Token by token: of several at once the generator makes gaps of equal length.
+            flags = [flag for flag in flags if flag != "--skip-tokenizer-init"] + ["--stream-interval", "1"]
             with Server(model, flags, folder / f"{system}.log", program=program) as server:
                 server.tokens([[1] * min(2048, args.prompt)], 8)  # warms up
                 for rate in args.rates:

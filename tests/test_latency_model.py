@@ -148,16 +148,35 @@ def test_only_what_others_wait_for_holds_them_up():
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_all_the_time_that_tokens_waited_is_counted_once(overlap):
-    """Whatever is a chunk's of an iteration and what a step's: together they are all iterations but the first ones."""
+    """Whatever is a chunk's of an iteration and what a step's: together they are all iterations but the first ones, in
+    which kernels are compiled."""
     time, draw, total = Time(), random.Random(3), 0.0
-    clock = StepClock(overlap, time, least=512)
+    clock, first = StepClock(overlap, time, least=512), 3 if overlap else 1
     for number in range(300):
         clock.tick()
         counted = clock.decoded_seconds + clock.held_seconds + clock._ahead
-        assert counted == pytest.approx(total if number > overlap else 0.0)
+        assert counted == pytest.approx(total if number > first else 0.0)
         kind = PREFILL if number > 20 and draw.random() < 0.2 else DECODE
         clock.launched(kind, 512 if kind == PREFILL else 0, beside=kind == PREFILL)
         took = draw.uniform(0.9, 1.1)
         time.now += took
-        total += took if number >= overlap else 0.0
-    assert clock.decoded + clock.prefills == 299 - overlap
+        total += took if number >= first else 0.0
+    assert clock.decoded + clock.prefills == 299 - first
+
+
+def test_a_chunk_under_way_holds_nobody_up_when_nothing_decodes_any_more():
+    time = Time()
+    clock = StepClock(True, time, least=512)
+    for kind, beside, took in (
+        (DECODE, False, 1.0),
+        (PREFILL, True, 0.5),
+        (PREFILL, False, 0.5),
+        (PREFILL, False, 0.5),
+    ):
+        clock.tick()
+        clock.launched(kind, 512, beside)
+        if kind == PREFILL and not beside:
+            clock.rest()
+        time.now += took
+    clock.tick()
+    assert clock.prefills == 2 and clock.held_seconds == 0.0

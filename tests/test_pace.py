@@ -105,6 +105,22 @@ def test_what_is_measured_counts_and_not_what_was_predicted(slower):
     assert 0.95 * 0.02 < machine.token(100) < 1.03 * 0.02
 
 
+def test_newcomers_have_nothing_of_what_was_saved_up_to_the_bound():
+    """However long before, and though the chunk in front of them is measured after they joined."""
+    pace = Pace(8, 2048, 0.02)
+    for _ in range(5 * SAVED):
+        pace.stepped(0.01)
+    pace.learn(5 * SAVED, 5 * SAVED * 0.01, 0.0, 0.0, 0.0)
+    pace.joined(9, 10)
+    pace.learn(0, 0.0, 0.2, 0.2, 2048)
+    pace.held()
+    for _ in range(8):
+        pace.stepped(0.02)
+    bound = SAVED * (1 - FILLED) * 0.02
+    pace.learn(8, 0.16, 0.1 * bound - 0.2 + 0.01, 0.2, 2048)  # all that a tenth had, and a little more
+    assert pace.waits
+
+
 def test_an_objective_that_cannot_be_kept_stops_no_prompt_for_long():
     machine = Machine(Pace(8, 2048, 0.02), 0.03, 0.0, 2e4)
     machine.prefill(20)

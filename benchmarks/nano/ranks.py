@@ -3,7 +3,10 @@
 Each makes its own share of a step's sequences; gradients are averaged, so that all have the same weights.
 """
 
+import contextlib
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -15,17 +18,24 @@ import torch.distributed as dist
 
 class Ranks:
     """This process's number and how many there are, as RANK and WORLD_SIZE tell (`launch`, torchrun): without them 0
-    of 1."""
+    of 1.
 
-    def __init__(self):
+    Args:
+        device: "cuda", of which each takes one, or "cpu"
+    """
+
+    def __init__(self, device: str):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.count > 1:
-            if torch.cuda.is_available():
+            if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
     def average(self, parameters):
-        """Make each parameter's gradient the mean of all ranks'; one without a gradient counts as 0."""
+        """Make each parameter's gradient the mean of all ranks'; one without a gradient counts as 0.
+
+        Each rank's loss is a mean over its own tokens, so that one with few that count has as much weight as another.
+        """
         if self.count == 1:
             return
         parameters = list(parameters)
@@ -46,6 +56,14 @@ class Ranks:
         dist.broadcast(told, 0)
         return float(told)
 
+    def check(self, parameters):
+        """Raises:
+        RuntimeError: this rank's parameters are not the first one's.
+        """
+        own = float(sum(parameter.detach().double().sum() for parameter in parameters))
+        if abs(own - self.agree(own)) > 1e-6 * abs(own):
+            raise RuntimeError(f"rank {self.rank} of {self.count} has other weights than the first one")
+
     def close(self):
         if self.count > 1:
             dist.destroy_process_group()
@@ -55,23 +73,37 @@ def launch(module: str, arguments: list[str], count: int):
     """Run `python -m module` with these arguments in so many processes, ranks 0, 1, 2 and so on of one machine.
 
     Raises:
-        RuntimeError: one of them failed; the others are ended.
+        RuntimeError: one of them failed; the others are ended, and the processes that they started.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    where = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks end, too
+    where = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "WORLD_SIZE": str(count)}
     ranks = [
-        subprocess.Popen([sys.executable, "-m", module, *arguments], env=where | {"RANK": rank, "LOCAL_RANK": rank})
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=where | {"RANK": rank, "LOCAL_RANK": rank},
+            start_new_session=True,
+        )
         for rank in map(str, range(count))
     ]
     try:
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
             time.sleep(0.2)
-        failed = [number for number, rank in enumerate(ranks) if rank.poll()]
+        failed = [f"rank {number} ended with {rank.returncode}" for number, rank in enumerate(ranks) if rank.poll()]
         if failed:
-            raise RuntimeError(f"rank {failed[0]} of {count} ended with {ranks[failed[0]].returncode}")
+            raise RuntimeError(f"of {count} ranks: " + ", ".join(failed))
     finally:
         for rank in ranks:
-            rank.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _port() -> int:
+    """One that nobody listens on, below those that the system gives to outgoing connections: ranks take seconds to
+    come to it."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -39,6 +39,7 @@ GATE_RATE = 2.0  # times the model's learning rate
 WARM_UP, FINAL = 60, 0.05  # steps; share of the peak learning rate at the end
 EVALUATION_SEED = 1 << 40
 REPORT_STEPS = 20
+MOST_AHEAD = 32  # steps whose sequences are made ahead, of contexts as they are then
 
 _worker = {}
 
@@ -196,7 +197,7 @@ def train(run: Run, pool: ProcessPoolExecutor):
         waiting.append((lengths, length, pool.submit(make_batch, length, args.tokens // ranks.count, own)))
         seed += 1
 
-    for _ in range(2 * args.workers):
+    for _ in range(min(2 * args.workers, MOST_AHEAD)):
         order()
     began, start = time.perf_counter(), run.spent
     saved, losses, apart, seen, phase = run.spent, {}, [], 0, None
@@ -238,6 +239,7 @@ def train(run: Run, pool: ProcessPoolExecutor):
         if run.spent - saved > args.save_every:
             saved = run.spent
             run.save()
+    ranks.check(parameter for group in run.optimizer.param_groups for parameter in group["params"])
     evaluate(run, pool, phase, autocast)
     run.save()
 
@@ -289,7 +291,7 @@ def main(argv=None):
         help="what recalls attends to what its gate picks (benchmarks/nano/selected.py)",
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes, a GPU each; with --device cpu just processes")
-    parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 2) - 3, 1), help="of a process")
+    parser.add_argument("--workers", type=int, help="that make sequences, of each process; default: what is idle else")
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(Size):
@@ -302,9 +304,10 @@ def main(argv=None):
         parser.error("--selected: there are no gates, --gates is 0")
     tokenizer = args.tokenizer / "tokenizer.json"
     args.vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    if args.gpus > 1 and "RANK" not in os.environ:
+    if args.gpus > 1 and "LOCAL_RANK" not in os.environ:
         return launch("benchmarks.nano.train", sys.argv[1:] if argv is None else argv, args.gpus)
-    ranks = Ranks()
+    ranks = Ranks(args.device)
+    args.workers = args.workers or max(((os.cpu_count() or 2) - 3) // ranks.count, 1)
     if ranks.rank == 0:
         prepare(args)
     ranks.agree(0.0)  # the others wait for what the first one writes

@@ -158,11 +158,13 @@ class FmaLogits {
 };
 
 // Values: out[h] = out[h] * rescale[h] + sum_t weights[t][h] * values[t], in strips of the dim.
-// As many lines are asked for as are read, and Pace - 1 more at each turn.
+// Over all passes as many lines are asked for as the values have, of which only the first pass reads from memory, and
+// Pace - 1 more at each turn.
 template <class V, class T, int Pace = 1>
 class FmaValues {
  public:
-  FmaValues(const Run& run, int width) : width_(width), group_(run.group), dim_(run.dim), passes_((run.group + V::kHeads - 1) / V::kHeads) {}
+  FmaValues(const Run& run, int width)
+      : width_(width), group_(run.group), dim_(run.dim), passes_((run.group + V::kHeads - 1) / V::kHeads) {}
 
   void begin(float* acc) {
     out_ = acc;

@@ -101,7 +101,8 @@ class Controller:
 
     def owes_decode(self, batch) -> bool:
         """Whether the running batch decodes before a prefill goes on."""
-        self._learn_prefills()
+        if self.clock.prefills != self._prefills:
+            self._learn_waits()
         if not self.pace.waits or not decodes(batch):
             return False
         if not self._leaves_room(batch):
@@ -121,14 +122,15 @@ class Controller:
         free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
         return free - left >= page + batch.new_tokens_required_next_decode()
 
-    def _learn_prefills(self):
+    def _learn_waits(self):
+        """Tell the pace for how long those that decode waited for their tokens since the last call."""
         clock = self.clock
-        if not self.pace.learns or clock.prefills == self._prefills:
+        if not self.pace.learns:
             return
         since = [now - then for now, then in zip(clock.waited, self._waited, strict=True)]
         self._prefills, self._waited = clock.prefills, clock.waited
         took = [*since, clock.chunk_seconds, clock.chunk_tokens]
-        if self.scheduler.ps.tp_size > 1:  # they come here after the same prefill
+        if self.scheduler.ps.tp_size > 1:  # they come here at the same iteration
             took = largest(took, self.scheduler.tp_cpu_group)
         self.pace.learn(*took)
 
@@ -169,6 +171,7 @@ class Controller:
 
     def _rest_pace(self):
         self.pace.rest()
+        self.clock.rest()
         self._waited = self.clock.waited
 
     def rest(self):
@@ -373,7 +376,8 @@ class Controller:
         if now != self._decoding:
             new = len(set(now) - set(self._decoding))
             self._joined += new
-            if now:
+            if now and new:
+                self._learn_waits()  # before what those that decoded have saved is divided
                 self.pace.joined(new, len(now))
             self._changed, self._most = True, max(self._most, len(now))
             # Held against the first window that nobody joins or leaves: of these together none was seen before.

@@ -61,7 +61,7 @@ class Pace:
             self.chunk = min(int(max(fits, self._least)) // PAGE_TOKENS * PAGE_TOKENS, self._most)
 
     def stepped(self, seconds: float):
-        """A decode step is about to run, and takes so long."""
+        """A decode step is about to run, and is predicted to take so long."""
         self._steps += 1
         if self.learns:
             self._saved = self._bounded(self._saved + (self._objective - seconds))
@@ -75,7 +75,8 @@ class Pace:
         self._steps = max(self._between, MOST_BETWEEN)
 
     def joined(self, new: int, count: int):
-        """Of those that decode, so many are new: they have saved nothing."""
+        """Of those that decode, so many are new: they have saved nothing. (`learn` goes before: what is predicted to be
+        saved may not have been.)"""
         lost = max(self._saved, 0.0) * new / count
         self._saved, self._known = self._saved - lost, self._known - lost
 

@@ -45,6 +45,10 @@ class StepClock:
         self.steps, self.seconds = 0, 0.0
         self._skip = self._lag
 
+    def rest(self):
+        """Nothing decodes any more: what is under way holds nobody up."""
+        self._beside = deque([False] * len(self._beside), maxlen=self._lag)
+
     def tick(self):
         """An iteration begins."""
         now = self._now()
@@ -63,7 +67,8 @@ class StepClock:
             took = min(took, usual)
         elif usual:
             took = min(took, FAR_OFF * usual)
-        self.decoded, self.decoded_seconds = self.decoded + 1, self.decoded_seconds + took
+        if usual or not self._skip:  # the very first steps of a server tell nothing: kernels are compiled in them
+            self.decoded, self.decoded_seconds = self.decoded + 1, self.decoded_seconds + took
         if self._skip:
             self._skip -= 1
         elif PREFILL not in self._launched:
