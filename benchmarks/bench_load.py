@@ -202,9 +202,9 @@ def rheo_counts(server: Server) -> dict:
     return {name: state[name] for name in ("device_blocks", "host_blocks", "selected_blocks") if name in state}
 
 
-def flags_of(system: str, args, folder: Path) -> tuple[list[str], list[str] | None]:
-    """Flags and program of a system."""
-    context = ["--context-length", str(args.prompt[1] + args.answer[1] + 64), "--enable-metrics"]
+def flags_of(system: str, args, folder: Path, longest: int) -> tuple[list[str], list[str] | None]:
+    """Flags and program of a system, whose requests have so many tokens at most."""
+    context = ["--context-length", str(longest + 64), "--enable-metrics"]
     if args.model:
         own = ["--attention-backend", args.peer] if system == "sglang" else ["--attention-backend", "rheoserve"]
         return [*context, *own, "--dtype", "auto", *(args.rheo.split() if system != "sglang" else [])], None
@@ -217,43 +217,60 @@ def flags_of(system: str, args, folder: Path) -> tuple[list[str], list[str] | No
     return [*flags, *args.rheo.split()], [sys.executable, str(SYNTHETIC), str(folder / "churn")]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=["sglang", "rheoserve"], choices=["sglang", "rheoserve"])
+def add_server_options(parser: argparse.ArgumentParser):
+    """What flags_of and prepare look at."""
     parser.add_argument("--peer", default="fa3", help="attention backend of SGLang's own")
     parser.add_argument("--model", type=Path, help="serve this checkpoint as it is, instead of Qwen3-8B's shapes")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="requests a second")
-    parser.add_argument("--seconds", type=float, default=300, help="in which requests arrive")
-    parser.add_argument("--limit", type=float, help="seconds after which what has not ended is given up")
-    parser.add_argument("--prompt", type=int, nargs=2, default=[16384, 65536], help="tokens, from and to")
-    parser.add_argument("--answer", type=int, nargs=2, default=[512, 1536], help="tokens, from and to")
     parser.add_argument("--device-gb", type=float, default=24, help="GB of device memory for KV")
     parser.add_argument("--host-gb", type=float, default=100, help="GB of RheoServe's host store")
     parser.add_argument("--most", type=int, default=32, help="requests at once")
     parser.add_argument("--churn", type=float, default=0.05, help="of the selection, a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rheo", default="", help="more flags for RheoServe, as --rheo='...'")
-    parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
+    parser.add_argument("--logs", type=Path, help="folder for the logs")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=["sglang", "rheoserve"], choices=["sglang", "rheoserve"])
+    parser.add_argument("--seconds", type=float, default=300, help="in which requests arrive")
+    parser.add_argument("--limit", type=float, help="seconds after which what has not ended is given up")
+    parser.add_argument("--prompt", type=int, nargs=2, default=[16384, 65536], help="tokens, from and to")
+    parser.add_argument("--answer", type=int, nargs=2, default=[512, 1536], help="tokens, from and to")
+    add_server_options(parser)
     return parser.parse_args()
+
+
+def prepare(args, folder: Path) -> Path:
+    """The checkpoint to serve; in `folder` what a made one and its synthetic selection need."""
+    model = folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps(QWEN3_8B))
+    (folder / "churn").write_text(str(args.churn))
+    return args.model or model
+
+
+def report(name: str, args, rows: list[dict]):
+    """The last line."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({"benchmark": name, "options": options, "rows": rows, **describe_machine()}))
 
 
 def main():
     args, rows = parse(), []
     with tempfile.TemporaryDirectory() as folder:
         folder = args.logs or Path(folder)
-        (folder / "model").mkdir(parents=True, exist_ok=True)
-        (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
-        (folder / "churn").write_text(str(args.churn))
+        model = prepare(args, folder)
         for system in args.systems:
-            flags, program = flags_of(system, args, folder)
-            with Server(args.model or folder / "model", flags, folder / f"{system}.log", program=program) as server:
+            flags, program = flags_of(system, args, folder, args.prompt[1] + args.answer[1])
+            with Server(model, flags, folder / f"{system}.log", program=program) as server:
                 server.tokens([[1] * 2048], 8)  # warms up
                 for rate in args.rates:
                     server.flush()
                     rows.append(measure(server, system, rate, args))
                     print({name: value for name, value in rows[-1].items() if name != "samples"}, flush=True)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    print(json.dumps({"benchmark": "load", "options": options, "rows": rows, **describe_machine()}))
+    report("load", args, rows)
 
 
 if __name__ == "__main__":

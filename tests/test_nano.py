@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano_corpus import write_corpus
 from serving import rheo_server
 
-from benchmarks.nano import corpus, export, facts, samples, sequences, tokenizer, train
+from benchmarks.nano import corpus, export, facts, samples, sequences, train
 from benchmarks.nano.gates import WINDOW
 from benchmarks.nano.haystack import Haystack
 from benchmarks.nano.model import Nano, Size
 from rheoserve_sgl.gate.checkpoint import read_gate
 from rheoserve_sgl.gate.sequences import load_sequences
 from rheoserve_sgl.nano import ask
-from rheoserve_sgl.nano.make import chat_tokenizer
 
 BUNDLED = Path(ask.__file__).with_name("model")
 
@@ -28,13 +28,7 @@ SMALL = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv-heads": 1, "he
 def made(tmp_path_factory):
     """A corpus and a tokenizer, in files."""
     path = tmp_path_factory.mktemp("nano")
-    draw = random.Random(0)
-    lines = [f"    value_{draw.randrange(99)} = call({draw.randrange(1000)}, name='x')\n" for _ in range(3000)]
-    documents = ["".join(lines[at : at + 100]) for at in range(0, len(lines), 100)]
-    (path / "train.txt").write_text("\0".join(documents))
-    words = tokenizer.train(documents, vocabulary=400)
-    chat_tokenizer(words).save_pretrained(path)
-    words.save(str(path / "tokenizer.json"))
+    write_corpus(path)
     return path
 
 

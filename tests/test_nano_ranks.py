@@ -11,11 +11,10 @@ import psutil
 import pytest
 import torch
 import torch.multiprocessing as mp
+from nano_corpus import write_corpus
 from serving import free_port
 
-from benchmarks.nano import tokenizer
 from benchmarks.nano.ranks import Ranks, launch
-from rheoserve_sgl.nano.make import chat_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,12 +50,7 @@ def test_one_process_needs_no_other(monkeypatch):
 
 
 def test_two_ranks_learn_one_model(tmp_path):
-    lines = [f"    value_{number % 99} = call({7 * number % 1000}, name='x')\n" for number in range(3000)]
-    documents = ["".join(lines[at : at + 100]) for at in range(0, len(lines), 100)]
-    (tmp_path / "train.txt").write_text("\0".join(documents))
-    words = tokenizer.train(documents, vocabulary=400)
-    chat_tokenizer(words).save_pretrained(tmp_path)
-    words.save(str(tmp_path / "tokenizer.json"))
+    write_corpus(tmp_path)
     command = [sys.executable, "-m", "benchmarks.nano.train", "--gpus", "2", "--corpus", str(tmp_path), "--tokenizer"]
     command += [str(tmp_path), "--out", str(tmp_path / "run"), "--steps", "40", "--tokens", "1024", "--context", "256"]
     command += ["--workers", "1", "--device", "cpu", "--lr", "0.01", "--gates", "0.1", "--hidden", "64", "--inner"]

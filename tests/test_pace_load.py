@@ -96,7 +96,7 @@ def test_tokens_keep_an_objective_that_the_load_would_break(objective, seed):
 
 
 @pytest.mark.parametrize("slower", [0.95, 1.1])
-def test_tokens_keep_an_objective_where_steps_take_longer_than_predicted(slower):
+def test_tokens_keep_an_objective_where_steps_do_not_take_what_is_predicted(slower):
     served = serve(0.016, 1, slower=slower)
     assert max(one.token for one in served) < 1.05 * 0.016  # the door goes by what is predicted
 

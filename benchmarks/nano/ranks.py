@@ -5,15 +5,17 @@ Each makes its own share of a step's sequences; gradients are averaged, so that 
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from serving import free_port
 
 
 class Ranks:
@@ -76,7 +78,7 @@ def launch(module: str, arguments: list[str], count: int):
         RuntimeError: one of them failed; the others are ended, and the processes that they started.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks end, too
-    where = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "WORLD_SIZE": str(count)}
+    where = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -97,13 +99,3 @@ def launch(module: str, arguments: list[str], count: int):
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
         signal.signal(signal.SIGTERM, before)
-
-
-def _port() -> int:
-    """One that nobody listens on, below those that the system gives to outgoing connections: ranks take seconds to
-    come to it."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

@@ -53,10 +53,11 @@ class Pace:
             held: seconds for which batches of a prefill held up those that decode
             seconds, tokens: of a chunk, means of late; 0.0: none yet
         """
-        if self.learns:
-            saved = self._bounded(self._known + steps * self._objective - took)
-            self._saved = self._known = self._bounded(saved - held)
-        if self.learns and seconds and tokens and self.chunk is not None:
+        if not self.learns:
+            return
+        saved = self._bounded(self._known + steps * self._objective - took)
+        self._saved = self._known = self._bounded(saved - held)
+        if seconds and tokens and self.chunk is not None:
             fits = min(tokens * self._stall * self._objective / seconds, self.chunk * FASTEST)
             self.chunk = min(int(max(fits, self._least)) // PAGE_TOKENS * PAGE_TOKENS, self._most)
 
