@@ -1,9 +1,8 @@
 // AMX-BF16: products of bf16 blocks on tiles of 16 rows x 64 bytes.
 //
 // Logits: A = 16 keys as they lie in memory, B = the query pairs, so C is [16 keys][heads].
-// Values, for groups of more than 8: A = the weights, turned to [heads][64 keys] and split into two bf16
-// terms, so that they are not rounded; B = pairs of value rows, interleaved in a scratch; C = [heads][16 columns].
-// For smaller groups the turning costs more than fp32 multiply-add on vectors.
+// Values: A = the weights, turned to [heads][32 keys] and split into two bf16 terms, so that they are not rounded (of up
+// to eight heads both terms fit one tile); B = pairs of value rows, interleaved in a scratch; C = [heads][16 columns].
 #include "pairs.h"
 #include "variants.h"
 
@@ -19,10 +18,6 @@ struct alignas(64) TileConfig {
   uint8_t reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
-
-  explicit TileConfig(int heads) {
-    for (const int tile : {0, 1, 2, 3, 5, 7}) row_bytes[tile] = static_cast<uint16_t>(4 * heads);
-  }
 };
 
 // GCC's tile loads do not say that they read memory: what was stored for them must be there.
@@ -54,15 +49,15 @@ inline void transpose(__m512 (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = s[i];
 }
 
+template <int Width>
 class AmxLogits {
  public:
-  explicit AmxLogits(const Run& run) : width(run.group <= 4 ? 4 : run.group <= 8 ? 8 : 16), dim_(run.dim) {
+  explicit AmxLogits(const Run& run) : dim_(run.dim) {
     QueryPairs heads[kMaxGroup];
     for (int h = 0; h < run.group; ++h) {
       const int needed = heads[h].split(run.q + h * dim_, dim_);
       terms_ = needed > terms_ ? needed : terms_;
     }
-    const __mmask16 stored = static_cast<__mmask16>((1 << width) - 1);
     for (int term = 0; term < terms_; ++term)
       for (int k = 0; k < dim_ / 2; k += 16) {
         const int words = dim_ / 2 - k < 16 ? dim_ / 2 - k : 16;
@@ -70,9 +65,9 @@ class AmxLogits {
         for (int h = 0; h < run.group; ++h)
           row[h] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << words) - 1), heads[h].words(term) + k);
         transpose(row);
-        for (int i = 0; i < words; ++i) _mm512_mask_storeu_ps(query_[term] + (k + i) * width, stored, row[i]);
+        for (int i = 0; i < words; ++i) _mm512_store_ps(query_[term] + (k + i) * 16, row[i]);
       }
-    const TileConfig config(width);
+    const TileConfig config;
     stores_done();
     _tile_loadconfig(&config);
   }
@@ -80,7 +75,7 @@ class AmxLogits {
   // Tiles given back make a context switch cheaper: it need not save them.
   ~AmxLogits() { _tile_release(); }
 
-  const int width;  // heads a row of logits
+  static constexpr int width = Width;  // heads a row of logits
 
   void logits(const BFloat* keys, int, float* out, Ahead& ahead) const {
     _tile_zero(0);
@@ -89,12 +84,11 @@ class AmxLogits {
     _tile_zero(3);
     const int stride = 2 * dim_;
     const int quarter = 16 * dim_;  // elements of 16 keys
-    const int row = 4 * width;      // bytes of a row of logits
     for (int term = 0; term < terms_; ++term) {
       const uint32_t* q = query_[term];
       int j = 0;
       for (; j + 32 <= dim_; j += 32) {
-        _tile_loadd(5, q + j / 2 * width, row);
+        _tile_loadd(5, q + j / 2 * 16, 64);
         _tile_loadd(4, keys + j, stride);
         _tile_dpbf16ps(0, 4, 5);
         ahead.steps(6);
@@ -109,7 +103,7 @@ class AmxLogits {
         ahead.steps(6);
       }
       if (j < dim_) {
-        _tile_loadd(7, q + j / 2 * width, row);
+        _tile_loadd(7, q + j / 2 * 16, 64);
         _tile_loadd(6, keys + j, stride);
         _tile_dpbf16ps(0, 6, 7);
         _tile_loadd(6, keys + quarter + j, stride);
@@ -121,6 +115,8 @@ class AmxLogits {
         ahead.steps(12);
       }
     }
+    // Of rows of fewer than 16 heads, each store's end is the next one's to write, and the last one's room to spare.
+    constexpr int row = 4 * width;
     _tile_stored(0, out, row);
     _tile_stored(1, out + 16 * width, row);
     _tile_stored(2, out + 32 * width, row);
@@ -133,9 +129,14 @@ class AmxLogits {
   alignas(64) uint32_t query_[2][kMaxGroup * kMaxDim / 2];  // [term][word][head]
 };
 
+// Of rows of `Width` heads, 8 or 16. Keys come in two halves of 16 pairs; which two keys a pair is follows from how weights turn.
+template <int Width>
 class AmxValues {
+  static constexpr int kTerms = Width == 16 ? 2 : 1;  // tiles that the two terms of half the weights take
+  static constexpr int kHalf = kBlockTokens / 2;
+
  public:
-  AmxValues(const Run& run, int) : dim_(run.dim), strips_(run.dim / 16), group_(run.group) {
+  explicit AmxValues(const Run& run) : dim_(run.dim), strips_(run.dim / 16), group_(run.group) {
     __builtin_memset(weights_, 0, sizeof weights_);
   }
 
@@ -156,21 +157,22 @@ class AmxValues {
       _tile_loadd(2, sums + 2 * kTileWords, 64);
       _tile_loadd(3, sums + 3 * kTileWords, 64);
       for (int half = 0; half < 2; ++half)
-        for (int term = 0; term < 2; ++term) {
+        for (int term = 0; term < kTerms; ++term) {
+          constexpr int kSteps = 8 / kTerms;
           const uint32_t* rows = pairs_[0] + half * kTileWords;
-          _tile_loadd(4, weights_ + term * 16 * kBlockTokens + 32 * half, 2 * kBlockTokens);
+          _tile_loadd(4, weights_[half][term], 64);
           _tile_loadd(5, rows, 64);
           _tile_dpbf16ps(0, 4, 5);
-          ahead.steps(4);
+          ahead.steps(kSteps);
           _tile_loadd(5, rows + 2 * kTileWords, 64);
           _tile_dpbf16ps(1, 4, 5);
-          ahead.steps(4);
+          ahead.steps(kSteps);
           _tile_loadd(5, rows + 4 * kTileWords, 64);
           _tile_dpbf16ps(2, 4, 5);
-          ahead.steps(4);
+          ahead.steps(kSteps);
           _tile_loadd(5, rows + 6 * kTileWords, 64);
           _tile_dpbf16ps(3, 4, 5);
-          ahead.steps(4);
+          ahead.steps(kSteps);
         }
       _tile_stored(0, sums, 64);
       _tile_stored(1, sums + kTileWords, 64);
@@ -179,8 +181,8 @@ class AmxValues {
     }
   }
 
-  // Undoes the column order that `interleave` left: of two strips, words 0-3 of each 8 are in the first and
-  // words 4-7 in the second. A single last strip kept its order.
+  // Adds what the second terms made and undoes the column order that `interleave` left: of two strips, words 0-3 of each
+  // 8 are in the first and words 4-7 in the second. A single last strip kept its order.
   void finish() const {
     const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
@@ -188,61 +190,103 @@ class AmxValues {
       float* out = out_ + h * dim_;
       int n = 0;
       for (; n + 2 <= strips_; n += 2) {
-        const __m512 a = _mm512_load_ps(sums_[n] + h * 16), b = _mm512_load_ps(sums_[n + 1] + h * 16);
+        const __m512 a = sum(n, h), b = sum(n + 1, h);
         _mm512_storeu_ps(out + n * 16, _mm512_permutex2var_ps(a, front, b));
         _mm512_storeu_ps(out + n * 16 + 16, _mm512_permutex2var_ps(a, back, b));
       }
-      if (n < strips_) _mm512_storeu_ps(out + n * 16, _mm512_load_ps(sums_[n] + h * 16));
+      if (n < strips_) _mm512_storeu_ps(out + n * 16, sum(n, h));
     }
   }
 
  private:
+  __m512 sum(int strip, int head) const {
+    const __m512 first = _mm512_load_ps(sums_[strip] + head * 16);
+    if constexpr (kTerms == 2) return first;
+    else return _mm512_add_ps(first, _mm512_load_ps(sums_[strip] + (Width + head) * 16));
+  }
+
   // Maxima rise in a sequence's first blocks, then rarely.
   void rescale_sums(const float* rescale) {
     for (int h = 0; h < group_; ++h) {
       if (rescale[h] == 1.0f) continue;
       const __m512 by = _mm512_set1_ps(rescale[h]);
       for (int n = 0; n < strips_; ++n)
-        _mm512_store_ps(sums_[n] + h * 16, _mm512_mul_ps(_mm512_load_ps(sums_[n] + h * 16), by));
+        for (int row = h; row < 16; row += kTerms == 2 ? 16 : Width) {
+          float* at = sums_[n] + row * 16;
+          _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), by));
+        }
     }
   }
 
-  // Weights [64][16 heads] to rows of 64 bf16: heads, and their second terms from row 16.
+  // The two keys of pair p of 32.
+  static constexpr int first_key(int p) { return Width == 16 ? p / 16 * 32 + p % 16 : 2 * p; }
+  static constexpr int second_key(int p) { return first_key(p) + (Width == 16 ? 16 : 1); }
+
+  // Weights [64][Width heads] to tiles of rows of 16 pairs of bf16: heads, and their second terms.
   void turn_weights(const float* weights, Ahead& ahead) {
-    for (int t = 0; t < kBlockTokens; t += 16) {
-      __m512 row[16];
-      for (int i = 0; i < 16; ++i) row[i] = _mm512_load_ps(weights + (t + i) * 16);
-      transpose(row);
-      uint16_t* to = weights_ + t;
-      for (int h = 0; h < 16; ++h) {
-        if (h >= group_) break;
-        const __m256i high = (__m256i)_mm512_cvtneps_pbh(row[h]);
-        const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(row[h], rounded));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + h * kBlockTokens), high);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (16 + h) * kBlockTokens), low);
+    if constexpr (Width == 16) {
+      for (int half = 0; half < 2; ++half) {
+        __m512 x[16], y[16];
+        turned(weights + half * kHalf * 16, x);
+        ahead.steps(16);
+        turned(weights + half * kHalf * 16 + 256, y);
+        ahead.steps(16);
+        for (int h = 0; h < 16; ++h) {
+          if (h >= group_) break;
+          split(x[h], y[h], weights_[half][0] + h * 16, weights_[half][1] + h * 16);
+        }
       }
-      ahead.steps(16);
+    } else {
+      for (int half = 0; half < 2; ++half) {
+        __m512 x[16];
+        turned(weights + half * kHalf * 8, x);
+        ahead.steps(32);
+        for (int h = 0; h < 8; ++h) {
+          if (h >= group_) break;
+          split(x[h], x[h + 8], weights_[half][0] + h * 16, weights_[half][0] + (8 + h) * 16);
+        }
+      }
     }
   }
 
-  // Up to 64 columns of rows 2p and 2p+1 to words at pairs_[strip][p][column]; rows past `tokens` count as
-  // zero, whatever they hold.
+  static void turned(const float* weights, __m512 (&x)[16]) {
+    for (int i = 0; i < 16; ++i) x[i] = _mm512_load_ps(weights + i * 16);
+    transpose(x);
+  }
+
+  // Words of two bf16, x below y, and of what rounding to them left.
+  static void split(__m512 x, __m512 y, uint32_t* high, uint32_t* low) {
+    const __m512i x_high = rounded(x), y_high = rounded(y);
+    const __m512i x_low = rounded(_mm512_sub_ps(x, _mm512_castsi512_ps(x_high)));
+    const __m512i y_low = rounded(_mm512_sub_ps(y, _mm512_castsi512_ps(y_high)));
+    _mm512_store_si512(high, _mm512_or_si512(_mm512_srli_epi32(x_high, 16), y_high));
+    _mm512_store_si512(low, _mm512_or_si512(_mm512_srli_epi32(x_low, 16), y_low));
+  }
+
+  // To bf16's precision, halves away from zero; a NaN stays one, as its payload is never all ones.
+  static __m512i rounded(__m512 x) {
+    const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  }
+
+  // Up to 64 columns of a pair's rows to words at pairs_[strip][pair][column]; rows past `tokens` count as zero,
+  // whatever they hold.
   void interleave(const BFloat* values, int columns, int tokens, Ahead& ahead) {
     if (columns > 64) columns = 64;
-    for (int p = 0; p < kBlockTokens / 2; ++p) {
-      const BFloat* row = values + static_cast<int64_t>(2 * p) * dim_;
-      const __mmask32 first = 2 * p < tokens ? 0xffffffffu : 0, second = 2 * p + 1 < tokens ? 0xffffffffu : 0;
+    for (int p = 0; p < kHalf; ++p) {
+      const BFloat* one = values + static_cast<int64_t>(first_key(p)) * dim_;
+      const BFloat* other = values + static_cast<int64_t>(second_key(p)) * dim_;
+      const __mmask32 first = first_key(p) < tokens ? 0xffffffffu : 0, second = second_key(p) < tokens ? 0xffffffffu : 0;
       int j = 0;
       for (; j + 32 <= columns; j += 32) {
-        const __m512i a = _mm512_maskz_loadu_epi16(first, row + j), b = _mm512_maskz_loadu_epi16(second, row + dim_ + j);
+        const __m512i a = _mm512_maskz_loadu_epi16(first, one + j), b = _mm512_maskz_loadu_epi16(second, other + j);
         _mm512_store_si512(pairs_[j / 16] + p * 16, _mm512_unpacklo_epi16(a, b));
         _mm512_store_si512(pairs_[j / 16 + 1] + p * 16, _mm512_unpackhi_epi16(a, b));
         ahead.step();
       }
       if (j < columns) {
-        const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first), row + j));
-        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(second), row + dim_ + j));
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(first), one + j));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(second), other + j));
         _mm512_store_si512(pairs_[j / 16] + p * 16, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
       }
     }
@@ -253,23 +297,28 @@ class AmxValues {
 
   const int dim_, strips_, group_;
   float* out_ = nullptr;
-  alignas(64) uint16_t weights_[2 * 16 * kBlockTokens];  // rows of keys
+  alignas(64) uint32_t weights_[2][kTerms][kTileWords];  // [half][tile][row][pair]
   alignas(64) float sums_[kStrips][kTileWords];          // [strip][row][column], the run's sums of values
   alignas(64) uint32_t pairs_[4][2 * kTileWords];        // [strip][pair of rows][column]
 };
 
-template <class Values, int Early>
-struct AmxMath : AmxLogits, Values {
+// For up to four heads the vectors' multiply-add costs less than interleaving values.
+struct FewValues : FmaValues<Avx512, BFloat, 2> {
+  explicit FewValues(const Run& run) : FmaValues(run, 4) {}
+};
+
+template <int Width, class Values, int Early>
+struct AmxMath : AmxLogits<Width>, Values {
   using Element = BFloat;
   using Vector = Avx512;
-  // What AmxLogits and soften have steps for, as tried on a Sapphire Rapids (docs/LOG.md).
-  static constexpr int kEarly = Early;
-  explicit AmxMath(const Run& run) : AmxLogits(run), Values(run, AmxLogits::width) {}
+  static constexpr int kEarly = Early;  // as tried on a Sapphire Rapids (docs/LOG.md)
+  explicit AmxMath(const Run& run) : AmxLogits<Width>(run), Values(run) {}
 };
 
 void attend_bf16(const Run& run) {
-  if (run.group <= 8) attend_run<AmxMath<FmaValues<Avx512, BFloat, 2>, 128>>(run);
-  else attend_run<AmxMath<AmxValues, 96>>(run);
+  if (run.group <= 4) attend_run<AmxMath<4, FewValues, 128>>(run);
+  else if (run.group <= 8) attend_run<AmxMath<8, AmxValues<8>, 64>>(run);
+  else attend_run<AmxMath<16, AmxValues<16>, 64>>(run);
 }
 
 }  // namespace
