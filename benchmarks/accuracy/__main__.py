@@ -24,6 +24,7 @@ from benchmarks.accuracy.client import Client, contains
 from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
 
+MODES = ["full", "window", "retrieval", "balanced"]
 # (row of the table, options of its requests, or None and the budget as a share of the context)
 Asked = list[tuple[str, dict, float | None]]
 
@@ -40,11 +41,15 @@ def systems(args):
     chosen = ["--rheoserve-device-tokens", str(-(-max(args.contexts) // 64) * 64 * args.parallel)]
     chosen += ["--rheoserve-device-attention", "selected", "--rheoserve-selector"]
     for position, selector in enumerate(args.selectors):
-        asked: Asked = [("dense", {"mode": "full"}, None), ("window", {"mode": "window"}, None)]
-        asked = asked if position == 0 else []
-        asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
-        yield [*common, *chosen, selector], args.contexts, asked, args.parallel
-    for context in args.contexts:
+        asked: Asked = []
+        if position == 0:
+            asked += [("dense", {"mode": "full"}, None)] if "full" in args.modes else []
+            asked += [("window", {"mode": "window"}, None)] if "window" in args.modes else []
+        if "retrieval" in args.modes:
+            asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
+        if asked:
+            yield [*common, *chosen, selector], args.contexts, asked, args.parallel
+    for context in args.contexts if "balanced" in args.modes else ():
         asked = [(f"balanced {args.selectors[0]}", {}, share) for share in args.budgets]
         # One at a time: frames are shared by the requests that decode, and of several many are being prefilled.
         yield [*common, *frames(context), "--rheoserve-selector", args.selectors[0]], [context], asked, 1
@@ -123,6 +128,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--budgets", type=float, nargs="*", default=[1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4])
     parser.add_argument("--selectors", nargs="+", help="default: seer where there is a gate, quest, mean")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of the servers started")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--samples", type=int, default=20, help="of each task at each context")
     parser.add_argument("--first-seed", type=int, default=0, help="of the samples, which have one after another")
