@@ -11,6 +11,8 @@ from rheoserve_sgl.ops.plan import Plan, Visit
 VARIANTS = extension().cpu_variants()
 # fp32 inputs leave only accumulation; 16-bit inputs are exact in the oracle as well, so the bound is the same.
 TOLERANCE = 1e-5
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+GROUPS = [4, 5, 8, 12]  # kernels take different ways for up to 4, up to 8 and more heads
 
 
 def make_visit(batch, kv_heads, counts, blocks, seed) -> Visit:
@@ -58,7 +60,7 @@ def run(impl, q, blocks, visit, scale):
 
 
 @pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_matches_oracle(impl, dtype, dim):
     for group in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16):
@@ -85,59 +87,67 @@ def test_a_million_tokens_of_one_head(dtype):
 
 
 @pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
-@pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 31, 62, 63, 64])
-def test_every_tail_ignores_what_lies_behind_it(impl, last):
-    blocks = torch.randn(6, 2, 64, 64)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 62, 63, 64])
+def test_every_tail_ignores_what_lies_behind_it(impl, dtype, last):
+    blocks = torch.randn(6, 2, 64, 64).to(dtype)
     visit = Visit(
         torch.tensor([[[3, 5]]], dtype=torch.int32),
         torch.tensor([[2]], dtype=torch.int32),
         torch.tensor([[last]], dtype=torch.int32),
     )
-    q = torch.randn(1, 1, 4, 64)
-    expected = oracle(q, blocks, visit, 0.125)
-    blocks[5, :, last:] = torch.nan
-    check(run(impl, q, blocks, visit, 0.125), expected)
+    for group in GROUPS:
+        q, poisoned = torch.randn(1, 1, group, 64), blocks.clone()
+        poisoned[5, :, last:] = torch.nan
+        check(run(impl, q, poisoned, visit, 0.125), oracle(q, blocks, visit, 0.125))
 
 
 @pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
-def test_empty_lists(impl):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_lists(impl, dtype):
     visit = make_visit(2, 2, (0,), 4, 0)
-    out, lse = run(impl, torch.randn(2, 2, 4, 64), torch.randn(4, 2, 64, 64), visit, 1.0)
-    assert torch.equal(out, torch.zeros_like(out))
-    assert bool(torch.isneginf(lse).all())
+    for group in GROUPS:
+        out, lse = run(impl, torch.randn(2, 2, group, 64), torch.randn(4, 2, 64, 64).to(dtype), visit, 1.0)
+        assert torch.equal(out, torch.zeros_like(out))
+        assert bool(torch.isneginf(lse).all())
 
 
 @pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
-def test_logits_of_ten_thousand(impl):
-    blocks = torch.randn(4, 2, 64, 64)
-    q = torch.randn(1, 1, 4, 64)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_ten_thousand(impl, dtype):
     visit = make_visit(1, 1, (4,), 4, 0)
-    scale = 1e4 / float(q.abs().max() * blocks.abs().max() * 64**0.5)
-    out, lse = run(impl, q * 1e3, blocks, visit, scale * 1e-2)
-    check((out, lse), oracle(q * 1e3, blocks, visit, scale * 1e-2), 1e-3)
+    for group in GROUPS:
+        blocks, q = torch.randn(4, 2, 64, 64).to(dtype), 1e3 * torch.randn(1, 1, group, 64)
+        expected = oracle(q, blocks, visit, 1.0)
+        scale = 1e4 / float(expected[1].abs().max())
+        check(run(impl, q, blocks, visit, scale), oracle(q, blocks, visit, scale), 1e-3)
 
 
 @pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
-def test_nan_poisons_its_own_head_only(impl):
-    blocks, visit = torch.randn(8, 2, 64, 64), make_visit(1, 2, (3,), 8, 1)
-    q = torch.randn(1, 2, 5, 64)
-    clean, _ = run(impl, q, blocks, visit, 0.125)
-    q[0, 1, 2, 7] = torch.nan
-    out, _ = run(impl, q, blocks, visit, 0.125)
-    assert bool(out[0, 1, 2].isnan().all())
-    out[0, 1, 2] = clean[0, 1, 2]
-    assert torch.equal(out, clean)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_poisons_its_own_head_only(impl, dtype):
+    for group in GROUPS:
+        blocks, visit = torch.randn(8, 2, 64, 64).to(dtype), make_visit(1, 2, (3,), 8, 1)
+        q = torch.randn(1, 2, group, 64).to(dtype).float()  # (one term, and a NaN beside it must not make it two)
+        clean, _ = run(impl, q, blocks, visit, 0.125)
+        q[0, 1, 2, 7] = torch.nan
+        out, _ = run(impl, q, blocks, visit, 0.125)
+        assert bool(out[0, 1, 2].isnan().all())
+        out[0, 1, 2] = clean[0, 1, 2]
+        assert torch.equal(out, clean)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_answer_depends_on_neither_threads_nor_batch(variant):
-    blocks, q = torch.randn(200, 2, 64, 64), torch.randn(3, 2, 4, 64)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_answer_depends_on_neither_threads_nor_batch(variant, dtype):
     visit = make_visit(3, 2, (150, 3, 77, 16, 1, 0), 200, 2)
     alone = Visit(*(t[:1].contiguous() for t in (visit.blocks, visit.count, visit.last_len)))
-    together = attend_cpu(q, ((blocks, visit),), 0.125, 3, variant)
-    single = attend_cpu(q[:1].contiguous(), ((blocks, alone),), 0.125, 1, variant)
-    assert torch.equal(together[0][:1], single[0])
-    assert torch.equal(together[1][:1], single[1])
+    for group in GROUPS:
+        blocks, q = torch.randn(200, 2, 64, 64).to(dtype), torch.randn(3, 2, group, 64)
+        together = attend_cpu(q, ((blocks, visit),), 0.125, 3, variant)
+        single = attend_cpu(q[:1].contiguous(), ((blocks, alone),), 0.125, 1, variant)
+        assert torch.equal(together[0][:1], single[0])
+        assert torch.equal(together[1][:1], single[1])
 
 
 @pytest.mark.parametrize("empty", ["neither", "device", "host"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from serving import Server, check_same, random_prompts, rheo_server
+from serving import Server, check_same, on_gpu, random_prompts, rheo_server
 
 from benchmarks.soak.traffic import BAD, Traffic
 
@@ -112,7 +112,8 @@ def test_failing_exchanges_change_no_answer_and_a_killed_scheduler_ends_the_serv
     with server:
         check_same(server.tokens(prompts, 60), expected)
         state = server.settle()
-        assert 0 < state["exchanges_failed"] < state["exchanges"] and state["exchanged_blocks"] > 0
+        assert state["exchanges_failed"] > 0 < state["exchanged_blocks"]
+        assert on_gpu() or state["exchanges_failed"] < state["exchanges"]  # swaps may fail there besides
         assert state["frames_used"] == state["host_pages_used"] == 0
         assert server.metrics()["sglang:rheoserve_exchanges_failed_total"] == state["exchanges_failed"]
         assert "an exchange failed" in server.log.read_text()

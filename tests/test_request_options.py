@@ -50,6 +50,13 @@ def test_bad_options_are_named(options, message):
         selected_pages({"rheoserve": options}, SERVER)
 
 
+def test_a_refusal_repeats_only_so_much_of_what_was_asked():
+    for options in ({"a" * 10**6: 1}, {"mode": "b" * 10**6}, {"token_budget": 10**1000 + 1}):
+        with pytest.raises(ValueError, match="; legal: ") as refused:
+            selected_pages({"rheoserve": options}, SERVER)
+        assert len(str(refused.value)) < 400
+
+
 def test_a_server_may_bound_what_requests_choose():
     bounded = RheoConfig(token_budget=1024, most_token_budget=2048)
     for options, pages in ((None, 16), ({"token_budget": 2048}, 32), ({"mode": "window"}, 0)):

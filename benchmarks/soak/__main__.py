@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import describe_machine
-from serving import Checkpoints, Server
+from serving import Checkpoints, Server, on_gpu
 
 from benchmarks.soak.memory import MemoryWatch
 from benchmarks.soak.traffic import Kept, Traffic
@@ -108,12 +108,16 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compared", type=int, default=40, help="answers that are compared")
     parser.add_argument("--host-size", type=float, default=0.06, help="GB")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--dense", default="torch_native", help="SGLang's attention backend to compare with")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="nats; raise it for 16-bit dtypes")
+    gpu = on_gpu()  # where SGLang has no kernels for fp32
+    parser.add_argument("--dtype", default="float16" if gpu else "float32")
+    dense = "triton" if gpu else "torch_native"
+    parser.add_argument("--dense", default=dense, help=f"SGLang's attention backend to compare with; default {dense}")
+    parser.add_argument("--tolerance", type=float, default=0.02 if gpu else 1e-3, help="nats; more for 16-bit dtypes")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for RheoServe")
     args = parser.parse_args(argv)
+    if gpu and "--sampling-backend" not in args.flags:
+        args.flags = [*args.flags, "--sampling-backend", "pytorch"]  # the default's kernels are compiled for minutes
     with tempfile.TemporaryDirectory() as folder:
         folder = args.logs or Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

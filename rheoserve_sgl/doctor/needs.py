@@ -87,19 +87,24 @@ def advise(load: Load, needs: Needs, host: int, device: int | None, command: lis
         command: the model's part of a launch command
     """
     wanted = needs.host(load)
+    beside = needs.weights if device is None else 0
+    most = max(int((host - beside) // needs.host(Load(load.context, 1))), 0)
     lines = [
         f"KV of a token: {needs.token_bytes:,} bytes; weights: {needs.weights / GB:.2f} GB",
-        f"host store: {wanted / GB:.2f} GB for {load.concurrency} x {load.context:,} tokens; {host / GB:.2f} GB free",
+        f"host store: {wanted / GB:.2f} GB for {load.concurrency} x {load.context:,} tokens; {host / GB:.2f} GB free, "
+        f"which holds {most} such requests",
     ]
-    beside = needs.weights if device is None else 0
     fits = wanted + beside <= host
     if not fits:
-        most = int((host - beside) // needs.host(Load(load.context, 1)))
-        lines.append(f"does not fit: host memory holds {max(most, 0)} such requests at once")
+        lines.append(f"does not fit: host memory holds {most} such requests at once")
     if device is not None:
-        frames = needs.frames(load, device)
+        keys, frames = load.tokens * needs.key_bytes, needs.frames(load, device)
         share = frames / load.tokens
-        lines.append(f"device: {device / GB:.2f} GB free, frames for about {frames:,} tokens, {share:.0%} of all")
+        lines.append(
+            f"device: {device / GB:.2f} GB free; {needs.weights / GB:.2f} GB for weights, {keys / GB:.2f} GB for the "
+            f"gate's keys, and in what is left frames for about {frames:,} tokens, {share:.0%} of all (all of them: "
+            f"{wanted / GB:.2f} GB)"
+        )
         if frames < PAGE_TOKENS:
             lines.append("does not fit: no room for frames beside the weights")
             fits = False

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from rheoserve_sgl.doctor import operators_attention
 from rheoserve_sgl.doctor.finding import Finding, find
 from rheoserve_sgl.doctor.inputs import (
     BLOCKS,
@@ -43,10 +44,12 @@ def look_at_operators() -> list[Finding]:
     checks = {f"attention, {variant}": lambda v=variant: attention(v) for variant in extension().cpu_variants()}
     checks |= {"merge": merging, "score and plan": selection, "learned gate": gate}
     checks |= {"recorder": recorder, "append": appending, "gate keys": keys}
+    checks |= {"doorbell": operators_attention.asking, "prefill": operators_attention.prefill}
     if torch.cuda.is_available():
         from rheoserve_sgl.doctor import operators_gpu, operators_prefill
 
         checks |= operators_gpu.CHECKS | operators_prefill.CHECKS
+        checks |= {"prefill, GPU": lambda: operators_attention.prefill("cuda")}
     return [find(name, lambda name=name, look=look: repeated(name, look)) for name, look in checks.items()]
 
 

@@ -12,12 +12,13 @@ import torch
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.config import RheoConfig
-from rheoserve_sgl.runtime.telemetry import count_refusal
+from rheoserve_sgl.runtime.telemetry import count_refusal, refusals
 from rheoserve_sgl.runtime.transaction import ALL_PAGES
 
 logger = logging.getLogger(__name__)
 KEY = "rheoserve"
 OPTIONS = ("token_budget", "mode", "report")
+MOST_SAID = 100  # characters of a bad value that its refusal repeats
 
 
 def selected_pages(custom_params, config: RheoConfig) -> int:
@@ -67,9 +68,14 @@ class RefusedOption(ValueError):
     """An option of a request that is refused; `reason` is its name, or "unknown" for one that does not exist."""
 
     def __init__(self, name: str, value, legal: str):
-        super().__init__(f"custom_params.{KEY}{name} is {value!r}; legal: {legal}")
+        super().__init__(f"custom_params.{KEY}{clipped(name)} is {clipped(repr(value))}; legal: {legal}")
         option = name.removeprefix(".")
         self.reason = option if option in OPTIONS else "unknown" if option else KEY
+
+
+def clipped(text: str) -> str:
+    """A client's words in an answer of ours, if they are many the first of them."""
+    return text if len(text) <= MOST_SAID else text[:MOST_SAID] + "..."
 
 
 def _refuse(name: str, value, legal: str):
@@ -124,6 +130,8 @@ def check_tokens(manager, request, input_ids):
     """
     from rheoserve_sgl.server_args import selects_rheoserve
 
+    if manager.server_args.enable_metrics and selects_rheoserve(manager.server_args):
+        refusals()  # is there from the first request on
     if input_ids and selects_rheoserve(manager.server_args):
         most = manager.model_config.vocab_size - 1
         for token in (min(input_ids), max(input_ids)):

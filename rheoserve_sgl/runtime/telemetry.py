@@ -93,16 +93,19 @@ def make_metrics(labels: list[str]) -> dict:
     return counters | gauges
 
 
+REFUSED = ("token_budget", "mode", "report", "unknown", "rheoserve", "token")  # reasons
+
+
 @cache
 def refusals():
-    """The counter of refused requests, in the process that takes requests in."""
+    """The counter of refused requests, in the process that takes requests in: 0 of each reason, to begin with."""
     from prometheus_client import Counter
 
-    return Counter(
-        PREFIX + "refused_requests",
-        "Requests refused for an option of theirs, by its name, or for a token.",
-        ["reason"],
-    )
+    text = "Requests refused for an option of theirs, by its name, or for a token."
+    counter = Counter(PREFIX + "refused_requests", text, ["reason"])
+    for reason in REFUSED:
+        counter.labels(reason=reason)
+    return counter
 
 
 def count_refusal(reason: str):
