@@ -50,14 +50,15 @@ def test_a_selection_that_stays_is_all_resident_and_one_that_changes_is_not():
 
 
 @pytest.mark.server
-def test_a_server_writes_down_what_it_selects(checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("generate", [[], ["--generate"]], ids=["forced", "generated"])
+def test_a_server_writes_down_what_it_selects(generate, checkpoints, tmp_path, capsys):
     from benchmarks.traces import record, replay
 
     (tmp_path / "text").write_text("".join(f"    value = compute({n})\n" for n in range(2000)))
     out = tmp_path / "trace.npz"
     record.main([
         "--model", str(checkpoints.path()), "--text", str(tmp_path / "text"), "--out", str(out), "--context", "1000",
-        "--steps", "70", "--budget", "512", "--flags", "--dtype", "float32",
+        "--steps", "70", "--budget", "512", *generate, "--flags", "--dtype", "float32",
     ])  # fmt: skip
     trace = dict(np.load(out))
     steps, _, heads, pages = trace["selected"].shape

@@ -1,7 +1,8 @@
 """Record what a model selects: `python -m benchmarks.traces.record --model PATH --text FILE --out OUT.npz`.
 
 A real server on this machine's CPU decodes the given text token by token (benchmarks/accuracy/forced.py), so that a
-small model's trace is that of real text and not of what it would repeat.
+small model's trace is that of real text and not of what it would repeat; with `--generate` what the model itself says
+(at temperature 1).
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=512, help="tokens decoded after it")
     parser.add_argument("--budget", type=int, default=1024, help="tokens selected per KV head")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--generate", action="store_true", help="decode the model's own tokens")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the server")
     args = parser.parse_args(argv)
     texts = Texts(AutoTokenizer.from_pretrained(args.model), args.text.read_text(), 0)
@@ -40,8 +42,16 @@ def main(argv=None):
     program = [sys.executable, str(PROGRAM), str(args.out.resolve())]
     with tempfile.TemporaryDirectory() as folder:
         with Server(args.model, flags, Path(folder) / "log", program=program) as server:
-            losses = forced_losses(server.url, tokens[: args.context], tokens[args.context :], None)
-    print(f"{args.out}: {args.steps} steps after {args.context} tokens, loss {sum(losses) / len(losses):.4f}")
+            prompt, rest = tokens[: args.context], tokens[args.context :]
+            if args.generate:
+                said = {"temperature": 1.0, "max_new_tokens": len(rest), "ignore_eos": True}
+                reply = server.post("/generate", {"input_ids": prompt, "sampling_params": said})
+                assert reply.status_code == 200, reply.text
+                what = "of the model's own tokens"
+            else:
+                losses = forced_losses(server.url, prompt, rest, None)
+                what = f"loss {sum(losses) / len(losses):.4f}"
+    print(f"{args.out}: {args.steps} steps after {args.context} tokens, {what}")
 
 
 if __name__ == "__main__":
