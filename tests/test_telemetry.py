@@ -71,7 +71,7 @@ def refuse(server, options: dict):
 
 def test_refused_requests_are_counted_by_reasons_that_no_client_can_invent(full):
     name = "sglang:rheoserve_refused_requests_total"
-    refuse(full, {"report": "yes"})  # the first makes the metric
+    refuse(full, {"report": "yes"})  # the first request makes the metric
     before = requests.get(full.url + "/metrics", timeout=60).text
     for options in ({"report": 1}, {"a": 1}, {"b": 1}, {"mode": "window"}):
         refuse(full, options)

@@ -24,7 +24,8 @@ from benchmarks.accuracy.client import Client, contains
 from benchmarks.accuracy.forced import forced_losses
 from benchmarks.accuracy.tasks import TASKS, Texts
 
-MODES = ["full", "window", "retrieval", "balanced"]
+WITHOUT_GATE = {"full": "dense", "window": "window"}  # the mode of requests: the row of the table
+MODES = [*WITHOUT_GATE, "retrieval", "balanced"]
 # (row of the table, options of its requests, or None and the budget as a share of the context)
 Asked = list[tuple[str, dict, float | None]]
 
@@ -41,10 +42,8 @@ def systems(args):
     chosen = ["--rheoserve-device-tokens", str(-(-max(args.contexts) // 64) * 64 * args.parallel)]
     chosen += ["--rheoserve-device-attention", "selected", "--rheoserve-selector"]
     for position, selector in enumerate(args.selectors):
-        asked: Asked = []
-        if position == 0:
-            asked += [("dense", {"mode": "full"}, None)] if "full" in args.modes else []
-            asked += [("window", {"mode": "window"}, None)] if "window" in args.modes else []
+        asked: Asked = [(name, {"mode": mode}, None) for mode, name in WITHOUT_GATE.items() if mode in args.modes]
+        asked = asked if position == 0 else []
         if "retrieval" in args.modes:
             asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
         if asked:

@@ -91,12 +91,10 @@ def advise(load: Load, needs: Needs, host: int, device: int | None, command: lis
     most = max(int((host - beside) // needs.host(Load(load.context, 1))), 0)
     lines = [
         f"KV of a token: {needs.token_bytes:,} bytes; weights: {needs.weights / GB:.2f} GB",
-        f"host store: {wanted / GB:.2f} GB for {load.concurrency} x {load.context:,} tokens; {host / GB:.2f} GB free, "
-        f"which holds {most} such requests",
+        f"host store: {wanted / GB:.2f} GB for {load.concurrency} x {load.context:,} tokens; {host / GB:.2f} GB free",
     ]
     fits = wanted + beside <= host
-    if not fits:
-        lines.append(f"does not fit: host memory holds {most} such requests at once")
+    lines.append(f"{'' if fits else 'does not fit: '}host memory holds {most} such requests at once")
     if device is not None:
         keys, frames = load.tokens * needs.key_bytes, needs.frames(load, device)
         share = frames / load.tokens

@@ -49,7 +49,6 @@ def look_at_operators() -> list[Finding]:
         from rheoserve_sgl.doctor import operators_gpu, operators_prefill
 
         checks |= operators_gpu.CHECKS | operators_prefill.CHECKS
-        checks |= {"prefill, GPU": lambda: operators_attention.prefill("cuda")}
     return [find(name, lambda name=name, look=look: repeated(name, look)) for name, look in checks.items()]
 
 

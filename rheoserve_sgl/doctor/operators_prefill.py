@@ -7,6 +7,7 @@ import torch
 from rheoserve_sgl.cache.residency import Residency
 from rheoserve_sgl.coordinator.swap import Ranking, swap_torch
 from rheoserve_sgl.doctor.inputs import BLOCKS, DIM, FRAMES, KV_HEADS, distance, gate_weights, some_frames
+from rheoserve_sgl.doctor.operators_attention import prefill
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.ops.append import append_torch
 from rheoserve_sgl.ops.attn_gate import fold_torch, gate_keys_torch
@@ -158,6 +159,7 @@ def swaps() -> tuple[float, float]:
 
 
 CHECKS = {
+    "prefill, GPU": lambda: prefill(DEVICE),
     "page tables, GPU": page_tables,
     "pages of a prefill, GPU": prompts,
     "staged prefix, GPU": staging,

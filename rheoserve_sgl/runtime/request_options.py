@@ -7,6 +7,7 @@ server was started with `--rheoserve-device-attention selected`. `report`: wheth
 """
 
 import logging
+from functools import cache
 
 import torch
 
@@ -18,6 +19,7 @@ from rheoserve_sgl.runtime.transaction import ALL_PAGES
 logger = logging.getLogger(__name__)
 KEY = "rheoserve"
 OPTIONS = ("token_budget", "mode", "report")
+REASONS = (*OPTIONS, "unknown", KEY, "token")  # of a refusal, as they are counted
 MOST_SAID = 100  # characters of a bad value that its refusal repeats
 
 
@@ -123,6 +125,13 @@ def check_options(result, params, *_):
                 raise
 
 
+@cache
+def announce_reasons():
+    """Each reason is counted from 0 on, not only from its first refusal."""
+    for reason in REASONS:
+        refusals().labels(reason=reason)
+
+
 def check_tokens(manager, request, input_ids):
     """BEFORE `TokenizerManager._validate_one_request`: a token that the model does not have is a 400.
 
@@ -130,9 +139,11 @@ def check_tokens(manager, request, input_ids):
     """
     from rheoserve_sgl.server_args import selects_rheoserve
 
-    if manager.server_args.enable_metrics and selects_rheoserve(manager.server_args):
-        refusals()  # is there from the first request on
-    if input_ids and selects_rheoserve(manager.server_args):
+    if not selects_rheoserve(manager.server_args):
+        return
+    if manager.server_args.enable_metrics:
+        announce_reasons()
+    if input_ids:
         most = manager.model_config.vocab_size - 1
         for token in (min(input_ids), max(input_ids)):
             if not 0 <= token <= most:

@@ -93,19 +93,16 @@ def make_metrics(labels: list[str]) -> dict:
     return counters | gauges
 
 
-REFUSED = ("token_budget", "mode", "report", "unknown", "rheoserve", "token")  # reasons
-
-
 @cache
 def refusals():
-    """The counter of refused requests, in the process that takes requests in: 0 of each reason, to begin with."""
+    """The counter of refused requests, in the process that takes requests in."""
     from prometheus_client import Counter
 
-    text = "Requests refused for an option of theirs, by its name, or for a token."
-    counter = Counter(PREFIX + "refused_requests", text, ["reason"])
-    for reason in REFUSED:
-        counter.labels(reason=reason)
-    return counter
+    return Counter(
+        PREFIX + "refused_requests",
+        "Requests refused for an option of theirs, by its name, or for a token.",
+        ["reason"],
+    )
 
 
 def count_refusal(reason: str):
