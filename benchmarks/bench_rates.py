@@ -37,7 +37,7 @@ def write_tokenizer(folder: Path, words: int):
     PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(folder)
 
 
-def measure(server: Server, system: str, rate: float, folder: Path, args) -> dict:
+def measure(server: Server, system: str, rate: float, requests: int, folder: Path, args) -> dict:
     """What the generator reports of one rate."""
     file = folder / f"{system}-{rate:g}.jsonl"
     server.flush()  # a rate's prompts are those of the one before
@@ -45,7 +45,7 @@ def measure(server: Server, system: str, rate: float, folder: Path, args) -> dic
     command = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.url]
     command += ["--model", str(server.model), "--dataset-name", "random-ids", "--tokenize-prompt"]
     command += ["--random-input-len", str(args.prompt), "--random-output-len", str(args.answer)]
-    command += ["--random-range-ratio", str(SHARE), "--num-prompts", str(args.requests), "--request-rate", str(rate)]
+    command += ["--random-range-ratio", str(SHARE), "--num-prompts", str(requests), "--request-rate", str(rate)]
     command += ["--seed", str(args.seed), "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(file)]
     with (folder / f"{system}-{rate:g}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -58,12 +58,17 @@ def measure(server: Server, system: str, rate: float, folder: Path, args) -> dic
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", default=["rheoserve", "sglang"], choices=["sglang", "rheoserve"])
-    parser.add_argument("--requests", type=int, default=20, help="at each rate")
+    parser.add_argument("--requests", type=int, nargs="+", default=[20], help="at each rate, or one number for each")
     parser.add_argument("--prompt", type=int, default=65536, help="tokens of the longest")
     parser.add_argument("--answer", type=int, default=6144, help="tokens of the longest")
     add_server_options(parser)
     parser.set_defaults(device_gb=12.0, seed=1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.requests) == 1:
+        args.requests *= len(args.rates)
+    if len(args.requests) != len(args.rates):
+        parser.error(f"--requests has {len(args.requests)} numbers; legal: one, or {len(args.rates)}, as --rates")
+    return args
 
 
 def main():
@@ -79,8 +84,8 @@ def main():
             flags = [flag for flag in flags if flag != "--skip-tokenizer-init"] + ["--stream-interval", "1"]
             with Server(model, flags, folder / f"{system}.log", program=program) as server:
                 server.tokens([[1] * min(2048, args.prompt)], 8)  # warms up
-                for rate in args.rates:
-                    rows.append(measure(server, system, rate, folder, args))
+                for rate, requests in zip(args.rates, args.requests, strict=True):
+                    rows.append(measure(server, system, rate, requests, folder, args))
                     print(rows[-1], flush=True)
     report("rates", args, rows)
 
