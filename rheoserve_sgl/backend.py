@@ -63,7 +63,8 @@ class RheoAttnBackend(AttentionBackend):
         self.batch: Batch | None = None
         self.writes: Writes | None = None
         # Of a prefill: pages of its requests `[n]`, and where in its tokens each one's last is, `[batch]`.
-        self.prefilled: torch.Tensor | None = None
+        self.prefilled: torch.Tensor | None = None  # pages of a prefill, those it shares included
+        self.shared: torch.Tensor | None = None  # `[n]` bool, which of them requests have that decode
         self.last: torch.Tensor | None = None
         self.staging, self.behind = self._lanes()
         first, *_ = attention_layers(model_runner.model).values()
@@ -104,6 +105,7 @@ class RheoAttnBackend(AttentionBackend):
         ends = [pages_of(before + new) if new > 1 else 0 for before, new in zip(prefixes, lengths, strict=True)]
         row, at = to_device(places(torch.tensor(ends).clamp(max=pages.shape[1])), device)
         self.prefilled = pages[row, at]
+        self.shared = self.coordinator.idle.holds(self.prefilled)
         self.last = to_device(torch.tensor([max(end - 1, 0) for end in accumulate(lengths)]), device)
         self.coordinator.begin_extend(pages, self.writes.fresh)
         self.coordinator.stores(sum(lengths))
@@ -240,8 +242,7 @@ class RheoAttnBackend(AttentionBackend):
         tapped = self.taps and self.taps.of_layer(layer.layer_id)
         pool.gate.refresh(pool, index, self.writes, k, tapped)
         if self.config.mode == "balanced":
-            # Of earlier chunks nothing stays: the last one's query counts.
-            pool.importance[index].index_fill_(0, self.prefilled, 0.0)
+            self.coordinator.forget(index, self.prefilled, self.shared)
             heads = q[self.last].view(len(self.last), pool.head_num, -1, layer.head_dim)
             tapped = tapped and tapped.take(self.last)
             if self.first is not None:

@@ -10,6 +10,7 @@ GATE_ROPE = ("first", "last")
 DEVICE_ATTENTION = ("resident", "selected")
 CANARY = ("off", "log", "raise")
 ADMISSION = ("auto", "on", "off")
+ALL_PAGES = 2**31 - 1  # a limit that is none
 DEFAULT_TOKEN_BUDGET = 4096
 DEFAULT_HOST_RATIO = 4.0
 PREFIX = "rheoserve_"
@@ -114,7 +115,8 @@ class RheoConfig:
 
     @property
     def budget_pages(self) -> int:
-        return self.budget // PAGE_TOKENS
+        """Pages that each KV head may select at each step, when there is no threshold; 0 for sink and window only."""
+        return {"full": ALL_PAGES, "window": 0}.get(self.mode, self.budget // PAGE_TOKENS)
 
     @property
     def sink_pages(self) -> int:

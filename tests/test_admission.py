@@ -175,6 +175,19 @@ def test_a_load_that_thrashes_is_cut_to_what_found_frames_at_once():
     assert windows <= 6 * CALM
 
 
+def test_misses_that_last_count_although_somebody_joins_in_each_window():
+    admission = Admission(capacity=100, most_missed=0.2)
+    for _ in range(7):
+        admission.observe(0.6, decoding=6, steady=False)
+        assert len(admission.choose(decoding(*[1] * 6), False)) == 6
+    admission.observe(0.6, decoding=6, steady=False)
+    assert len(admission.choose(decoding(*[1] * 6), False)) == 3
+    easy = Admission(capacity=100, most_missed=0.2)  # one good window between tells that it does not last
+    for missed in [0.6] * 7 + [0.1] + [0.6] * 7:
+        easy.observe(missed, decoding=6, steady=False)
+    assert len(easy.choose(decoding(*[1] * 6), False)) == 6
+
+
 def test_after_bad_windows_many_small_ones_soon_decode_together():
     admission, small, windows = Admission(1000, 0.25), decoding(*[10] * 64), 0
     for _ in range(2):

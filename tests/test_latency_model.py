@@ -58,6 +58,17 @@ def test_one_load_over_and_over_is_soon_predicted_and_follows_a_change():
     assert model.predict(load) == pytest.approx(0.030, rel=0.05)
 
 
+def test_one_long_window_says_little_of_other_loads():
+    model, others = LatencyModel(GPU, 16 * GB), loads(50, seed=4)
+    for load in loads(100, seed=3):
+        model.observe(load, model.terms(load).sum())
+    before = [model.predict(load) for load in others]
+    load = StepLoad(8, 20 * GB, 0.3 * GB, 0.4 * GB)
+    model.observe(load, 1.3 * model.predict(load))
+    after = [model.predict(load) for load in others]
+    assert max(abs(now / then - 1) for now, then in zip(after, before, strict=True)) < 0.05
+
+
 class Time:
     def __init__(self):
         self.now = 0.0

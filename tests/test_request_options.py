@@ -1,5 +1,7 @@
 """What one request may choose, and what it is told when it may not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,6 +57,31 @@ def test_a_refusal_repeats_only_so_much_of_what_was_asked():
         with pytest.raises(ValueError, match="; legal: ") as refused:
             selected_pages({"rheoserve": options}, SERVER)
         assert len(str(refused.value)) < 400
+
+
+def test_limits_are_known_before_a_request_has_a_slot():
+    limits = SelectionLimits(4, SERVER, "cpu")
+    params = SimpleNamespace(custom_params={"rheoserve": {"mode": "full"}})
+    request = SimpleNamespace(req_pool_idx=None, sampling_params=params)
+    assert limits.of_request(request) == ALL_PAGES
+    params.custom_params = {"rheoserve": {"token_budget": 700}}  # refused over HTTP
+    assert limits.of_request(request) == 16
+    limits.admit(2, {"rheoserve": {"token_budget": 640}})
+    request.req_pool_idx = 2
+    assert limits.of_request(request) == limits.of(2) == 10
+
+
+@pytest.mark.parametrize(
+    ("config", "pages"),
+    [
+        (RheoConfig(mode="full"), ALL_PAGES),
+        (RheoConfig(mode="window"), 0),
+        (RheoConfig(mode="retrieval"), 64),
+        (SERVER, 16),
+    ],
+)
+def test_without_options_a_request_selects_what_the_mode_does(config, pages):
+    assert selected_pages(None, config) == config.budget_pages == pages
 
 
 def test_a_server_may_bound_what_requests_choose():

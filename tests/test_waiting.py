@@ -53,3 +53,17 @@ def test_pages_that_were_exchanged_for_others_meanwhile_get_nothing():
     pool.coordinator.ends_to_wait(kept, torch.tensor([11, 12, 3, 4, 5, 6, 7, 8]))
     pool.coordinator.settle()
     assert pool.importance[:, [1, 2, 11, 12]].sum() == 0 and (pool.importance[:, 3:9] == 1.0).all()
+
+
+def test_a_prompt_that_shares_pages_with_a_request_takes_no_importance_from_it():
+    pool, _ = make_pool(64 * 64, 1024)
+    coordinator = pool.coordinator
+    coordinator.idle.held = lambda: torch.tensor([3, 4, 5, 6])
+    pool.importance[:, 1:12] = torch.rand(LAYERS, 11, HEADS) + 0.1
+    before = pool.importance.clone()
+    prompt = torch.tensor([3, 4, 7, 8, 9])
+    shared = coordinator.idle.holds(prompt)
+    assert shared.tolist() == [True, True, False, False, False]
+    coordinator.forget(1, prompt, shared)
+    before[1, 7:10] = 0.0
+    assert torch.equal(pool.importance, before)

@@ -259,6 +259,16 @@ class Coordinator:
         importance, weight = self.pool.importance[layer], self.weight
         record(log_scores, chosen, importance, batch.pages, batch.n_pages, weight, self.pool.threads)
 
+    def forget(self, layer: int, pages: torch.Tensor, shared: torch.Tensor):
+        """Importance that a chunk of a prompt finds in a layer: of earlier chunks nothing stays, its own last query
+        counts. Of what others decode with, they know better.
+
+        Args:
+            pages: `[n]` int64, the prompt's; shared: `[n]` bool, those that prefilled requests have
+        """
+        importance = self.pool.importance[layer]
+        importance.index_copy_(0, pages, importance[pages] * shared[:, None])
+
     def _fade(self):
         self.weight /= DECAY
         if self.weight > MOST_WEIGHT:

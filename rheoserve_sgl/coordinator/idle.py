@@ -34,6 +34,13 @@ class IdleFrames:
         self._batches += 1
         self._used.index_fill_(0, pages.flatten(), self._batches)
 
+    def holds(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which of these pages, `[n]` int64, prefilled requests have that have not ended: `[n]` bool."""
+        return self._held()[pages]
+
+    def _held(self) -> torch.Tensor:
+        return torch.zeros_like(self._used, dtype=torch.bool).index_fill_(0, self.held(), True)
+
     def keep(self, wanted: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """What is wanted for the requests that decode, and of other resident blocks as many as frames are left for.
 
@@ -44,7 +51,7 @@ class IdleFrames:
         self.use(pages)
         idle = (self._residency.frame_of >= 0).index_fill_(1, pages.flatten(), False)
         left = self._residency.frames - wanted.flatten(1).sum(1)
-        waiting = torch.zeros_like(self._used, dtype=torch.bool).index_fill_(0, self.held(), True)
+        waiting = self._held()
         worth = torch.where(waiting, LATER - self._used, self._used)
         return wanted | _first(idle, worth.argsort(descending=True, stable=True), left)
 

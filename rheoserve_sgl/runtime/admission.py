@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 SLACK = 1.1  # of the frames: what decodes already may grow by this before one has to pause
 CALM = 4  # windows with less than half of the misses that are allowed, until more requests are tried
+LASTS = 8  # windows in a row with too many misses: so many tell, whoever joined in them
 FORGETS = 8  # windows in which a bound stopped nobody until it is no more
 EASES = 0.8  # of the misses of the window before: with fewer, blocks are still on their way
 NO_BOUND = 1 << 30
@@ -47,6 +48,7 @@ class Admission:
         self.group, self.patience = group, patience
         self.bound = NO_BOUND  # requests at once, after too many misses
         self._too_many = NO_BOUND  # requests at once that missed too much
+        self._bad = 0  # windows in a row with too many misses
         self._before = math.inf  # share missed in the window before, if few joined in it
         # Windows since the bound was set: of few misses, all without too many, in which it stopped nobody.
         self._calm = self._windows = self._idle = 0
@@ -112,6 +114,9 @@ class Admission:
         # Requests that join find nothing in frames, and blocks come for some windows: these are too many only if that
         # does not become better.
         lasts = steady and self._before > self.most_missed and missed > EASES * self._before
+        self._bad = self._bad + 1 if missed > self.most_missed else 0
+        if self._bad >= LASTS:
+            lasts, self._bad = True, 0
         self._before = missed if steady else math.inf
         if missed > self.most_missed:
             self._calm = self._windows = 0

@@ -257,9 +257,8 @@ class Controller:
     def _with(self, load: tuple[int, int, int], request) -> tuple[int, int, int]:
         """One more than in `load`: see NOBODY."""
         requests, pages, selected = load
-        own, slot = self._pages(request), request.req_pool_idx
-        limit = self._config.budget_pages if slot is None else self._pool.limits.of(slot)
-        return requests + 1, pages + own, selected + min(max(limit, self._always), own)
+        own = self._pages(request)
+        return requests + 1, pages + own, selected + min(max(self._pool.limits.of_request(request), self._always), own)
 
     def _keeps(self, load: tuple[int, int, int], share: float) -> bool:
         """Whether a step of these is predicted to take no more than this share of the objective."""
@@ -323,9 +322,7 @@ class Controller:
         latency = self._coordinator.latency
         if self._predicted:
             self._coordinator.load |= {"predicted_step_seconds": self._predicted, "measured_step_seconds": step}
-        pages = [self._pages(request) for request in self._decoding]
-        limits = [Transaction.of(request).limit for request in self._decoding]
-        load = self._load(len(pages), sum(pages), sum(map(min, limits, pages)))
+        load = self._load(*reduce(self._with, self._decoding, NOBODY))
         latency.observe(load, step)
         self._predicted = latency.predict(load)
 

@@ -20,6 +20,7 @@ REQUEST_SECONDS = 0.0001
 AGED = 0.3  # of the prior's spread: how far factors of an earlier start may be off
 LEAST = 0.1  # of the prior: by a smaller factor nothing drifts less than by this one
 KEPT_EVERY = 32  # windows
+OUTLIER = 3.0  # standard deviations: what is off by more counts as so much
 NOISE, DRIFT = 0.02, 0.01  # of a measurement; of each factor, from window to window
 
 
@@ -81,8 +82,11 @@ class LatencyModel:
         # (A factor that has come to 0 must find its way back.)
         self._covariance += np.diag((DRIFT * np.maximum(self.factors, LEAST * PRIOR)) ** 2)
         towards = self._covariance @ terms
-        gain = towards / (terms @ towards + (NOISE * seconds) ** 2)
-        self.factors = np.maximum(self.factors + gain * (seconds - terms @ self.factors), 0.0)
+        variance = terms @ towards + (NOISE * seconds) ** 2
+        gain, off = towards / variance, seconds - terms @ self.factors
+        # One window that something else made long says little of the next; many of them do (Huber's bound).
+        off = np.clip(off, *(np.array([-OUTLIER, OUTLIER]) * np.sqrt(variance)))
+        self.factors = np.maximum(self.factors + gain * off, 0.0)
         self._covariance -= np.outer(gain, towards)
         self.windows += 1
         if self.windows % KEPT_EVERY == 0:

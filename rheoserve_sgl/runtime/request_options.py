@@ -12,9 +12,8 @@ from functools import cache
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.config import RheoConfig
+from rheoserve_sgl.config import ALL_PAGES, RheoConfig
 from rheoserve_sgl.runtime.telemetry import count_refusal, refusals
-from rheoserve_sgl.runtime.transaction import ALL_PAGES
 
 logger = logging.getLogger(__name__)
 KEY = "rheoserve"
@@ -96,13 +95,21 @@ class SelectionLimits:
         """Pages that the request of a slot may select, known without a GPU."""
         return self._known[slot]
 
-    def admit(self, slot: int, custom_params):
-        """A request takes a slot."""
+    def of_request(self, request) -> int:
+        """The same of one of SGLang's requests, whether it has a slot or not."""
+        slot = request.req_pool_idx
+        return self._wanted(request.sampling_params.custom_params) if slot is None else self._known[slot]
+
+    def _wanted(self, custom_params) -> int:
         try:
-            pages = selected_pages(custom_params, self._config)
+            return selected_pages(custom_params, self._config)
         except ValueError as error:  # `check_options` did not see it: it came by another way than HTTP
             logger.warning("RheoServe: a request's options are left out: %s", error)
-            pages = self._config.budget_pages
+            return self._config.budget_pages
+
+    def admit(self, slot: int, custom_params):
+        """A request takes a slot."""
+        pages = self._wanted(custom_params)
         if self._known[slot] != pages:
             self._known[slot] = pages
             self.pages[slot] = pages

@@ -9,10 +9,10 @@ from collections import Counter
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.config import ALL_PAGES
 from rheoserve_sgl.runtime.batch import pages_of
 
 RECENT = 0.25  # weight of the newest window in the mean of a working set
-ALL_PAGES = 2**31 - 1  # a limit that is none
 STATES = ("decoding", "waiting", "prefilling", "registered")
 
 
