@@ -371,7 +371,8 @@ class Controller:
                 one.steps, one.coming = one.steps + 1, 0
         now = [requests[row] for row in rows]
         if now != self._decoding:
-            new = len(set(now) - set(self._decoding))
+            # (An aborted request has one step to end in: it misses nothing.)
+            new = sum(request.to_finish is None for request in set(now) - set(self._decoding))
             self._joined += new
             if now and new:
                 self._learn_waits()  # before what those that decoded have saved is divided
