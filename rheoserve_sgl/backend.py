@@ -62,9 +62,10 @@ class RheoAttnBackend(AttentionBackend):
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
         self.writes: Writes | None = None
-        # Of a prefill: pages of its requests `[n]`, and where in its tokens each one's last is, `[batch]`.
-        self.prefilled: torch.Tensor | None = None  # pages of a prefill, those it shares included
-        self.shared: torch.Tensor | None = None  # `[n]` bool, which of them requests have that decode
+        # Of a prefill: pages of its requests `[n]`, which of them others have that were prefilled before, `[n]` bool,
+        # and where in its tokens each one's last is, `[batch]`.
+        self.prefilled: torch.Tensor | None = None
+        self.shared: torch.Tensor | None = None
         self.last: torch.Tensor | None = None
         self.staging, self.behind = self._lanes()
         first, *_ = attention_layers(model_runner.model).values()
@@ -105,7 +106,8 @@ class RheoAttnBackend(AttentionBackend):
         ends = [pages_of(before + new) if new > 1 else 0 for before, new in zip(prefixes, lengths, strict=True)]
         row, at = to_device(places(torch.tensor(ends).clamp(max=pages.shape[1])), device)
         self.prefilled = pages[row, at]
-        self.shared = self.coordinator.idle.holds(self.prefilled)
+        if self.config.mode == "balanced":
+            self.shared = self.coordinator.idle.holds(self.prefilled)
         self.last = to_device(torch.tensor([max(end - 1, 0) for end in accumulate(lengths)]), device)
         self.coordinator.begin_extend(pages, self.writes.fresh)
         self.coordinator.stores(sum(lengths))

@@ -182,6 +182,13 @@ def test_misses_that_last_count_although_somebody_joins_in_each_window():
         assert len(admission.choose(decoding(*[1] * 6), False)) == 6
     admission.observe(0.6, decoding=6, steady=False)
     assert len(admission.choose(decoding(*[1] * 6), False)) == 3
+    both = Admission(capacity=100, most_missed=0.2)  # a bound for another reason begins the count anew
+    for steady in [False] * 5 + [True] * 2 + [False] * 7:
+        both.observe(0.6, decoding=6, steady=steady)
+        bound = both.bound
+        assert bound in (1 << 30, 3)
+    both.observe(0.6, decoding=3, steady=False)
+    assert both.bound < bound == 3
     easy = Admission(capacity=100, most_missed=0.2)  # one good window between tells that it does not last
     for missed in [0.6] * 7 + [0.1] + [0.6] * 7:
         easy.observe(missed, decoding=6, steady=False)

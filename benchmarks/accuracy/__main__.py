@@ -42,8 +42,8 @@ def systems(args):
     chosen = ["--rheoserve-device-tokens", str(-(-max(args.contexts) // 64) * 64 * args.parallel)]
     chosen += ["--rheoserve-device-attention", "selected", "--rheoserve-selector"]
     for position, selector in enumerate(args.selectors):
-        asked: Asked = [(name, {"mode": mode}, None) for mode, name in WITHOUT_GATE.items() if mode in args.modes]
-        asked = asked if position == 0 else []
+        once = WITHOUT_GATE.items() if position == 0 else ()
+        asked: Asked = [(name, {"mode": mode}, None) for mode, name in once if mode in args.modes]
         if "retrieval" in args.modes:
             asked += [(f"retrieval {selector}", {}, share) for share in args.budgets]
         if asked:

@@ -113,15 +113,14 @@ class Admission:
             self.bound = self._too_many = NO_BOUND  # those that come later may be others
         # Requests that join find nothing in frames, and blocks come for some windows: these are too many only if that
         # does not become better.
+        self._bad = self._bad + 1 if missed > self.most_missed and decoding > 1 else 0
         lasts = steady and self._before > self.most_missed and missed > EASES * self._before
-        self._bad = self._bad + 1 if missed > self.most_missed else 0
-        if self._bad >= LASTS:
-            lasts, self._bad = True, 0
+        lasts = lasts or self._bad >= LASTS
         self._before = missed if steady else math.inf
         if missed > self.most_missed:
             self._calm = self._windows = 0
             if lasts and decoding > 1:
-                self._too_many = decoding
+                self._too_many, self._bad = decoding, 0
                 fit = math.ceil(decoding * (1.0 - missed) / (1.0 - self.most_missed + 1e-9))  # by what found a frame
                 self.bound = max(min(fit, decoding - max(decoding // 8, 1)), 1)
                 self._before, self._idle = math.inf, 0

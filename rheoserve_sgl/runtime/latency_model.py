@@ -85,7 +85,8 @@ class LatencyModel:
         variance = terms @ towards + (NOISE * seconds) ** 2
         gain, off = towards / variance, seconds - terms @ self.factors
         # One window that something else made long says little of the next; many of them do (Huber's bound).
-        off = np.clip(off, *(np.array([-OUTLIER, OUTLIER]) * np.sqrt(variance)))
+        most = OUTLIER * variance**0.5
+        off = min(max(off, -most), most)
         self.factors = np.maximum(self.factors + gain * off, 0.0)
         self._covariance -= np.outer(gain, towards)
         self.windows += 1

@@ -98,18 +98,20 @@ class SelectionLimits:
     def of_request(self, request) -> int:
         """The same of one of SGLang's requests, whether it has a slot or not."""
         slot = request.req_pool_idx
-        return self._wanted(request.sampling_params.custom_params) if slot is None else self._known[slot]
+        return self._wanted(request.sampling_params.custom_params)[0] if slot is None else self._known[slot]
 
-    def _wanted(self, custom_params) -> int:
+    def _wanted(self, custom_params) -> tuple[int, ValueError | None]:
+        """Pages, and why they are the server's where the request's options are no good."""
         try:
-            return selected_pages(custom_params, self._config)
+            return selected_pages(custom_params, self._config), None
         except ValueError as error:  # `check_options` did not see it: it came by another way than HTTP
-            logger.warning("RheoServe: a request's options are left out: %s", error)
-            return self._config.budget_pages
+            return self._config.budget_pages, error
 
     def admit(self, slot: int, custom_params):
         """A request takes a slot."""
-        pages = self._wanted(custom_params)
+        pages, error = self._wanted(custom_params)
+        if error:
+            logger.warning("RheoServe: a request's options are left out: %s", error)
         if self._known[slot] != pages:
             self._known[slot] = pages
             self.pages[slot] = pages
