@@ -154,7 +154,7 @@ def asking() -> dict[str, float]:
             plan_gpu(
                 rule, q, tables, None, frame_of, lse, lse, totals, exchange, visit, visited, totals, asker
             )  # fmt: skip
-            attend_split(q, frames, visit, split, DIM**-0.5, asker)
+            attend_split(q, frames, visit, split, DIM**-0.5)
             for _ in range(between):
                 a.mul_(1.0)
             merge_parts(visit, split, q, lse, (visited, exchange.out, exchange.lse), asker)

@@ -109,8 +109,7 @@ def launch_all(dtype: torch.dtype, dim: int):
     move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
-    for asker in (None, Bell()):
-        attend.attend_split(q, frames, visit, split, 0.1, asker)
+    attend.attend_split(q, frames, visit, split, 0.1)
     answer = (exchange.visit.count, exchange.out, exchange.lse)
     for asker in (None, Bell()):
         out, lse = torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP)

@@ -1,4 +1,4 @@
-"""A GPU asks the CPU in the middle of a CUDA graph: `plan_gpu` writes, `attend_split` rings, `merge_parts` waits."""
+"""A GPU asks the CPU in the middle of a CUDA graph: `plan_gpu` asks, `merge_parts` waits."""
 
 import time
 
@@ -48,7 +48,7 @@ class Asking:
             Rule(Select.ALL, 1, 1), self.q[layer], self.tables, None, self.frame_of, self.lse, self.lse, self.nothing,
             self.exchange, self.visit, self.visited, self.nothing, self.asker,
         )  # fmt: skip
-        attend_split(self.q[layer], self.frames, self.visit, self.split, DIM**-0.5, self.asker)
+        attend_split(self.q[layer], self.frames, self.visit, self.split, DIM**-0.5)
         answer = (self.visited, self.exchange.out, self.exchange.lse)
         merge_parts(self.visit, self.split, self.out[layer], self.lse, answer, self.asker)
 

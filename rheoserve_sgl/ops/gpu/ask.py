@@ -1,7 +1,7 @@
 """The GPU's side of the doorbell: what kernels need to ask the CPU and to wait for it, with a bound.
 
-`plan_gpu` writes the question, `attend_split` rings before it attends, so that no kernel waits for PCIe, and
-`merge_parts` waits for the answer; all can be captured in a CUDA graph, and each replay asks the next number.
+`plan_gpu` writes the question and rings, `merge_parts` waits for the answer; both can be captured in a CUDA graph, and
+each replay asks the next number.
 """
 
 import torch
@@ -51,14 +51,20 @@ def nanoseconds(address):
 
 
 @triton.jit
-def ring(counter, asks, rung, bell, layers):
-    """Number the question that the kernel in front has written; ring if any of its programs asks, or a step ends."""
-    asked = tl.atomic_xchg(asks, 0, sem="relaxed") > 0
-    # An atomic gives all threads one number; loading and storing it would not.
-    number = tl.atomic_add(counter, 1, sem="relaxed") + 1
-    tl.store(rung, tl.where(asked, number, 0))
-    if asked | (number % layers == 0):
-        store_release(bell.to(tl.int64), number)
+def ring(asks_too, counter, asks, rung, bell, layers):
+    """Called by each program of a plan, last of all: that which ends last numbers the question, and rings if any of
+    them asks, or a step ends.
+    """
+    tl.debug_barrier()  # what other threads of this program wrote is released with its count
+    before = tl.atomic_add(asks, tl.where(asks_too, (1 << 32) + 1, 1).to(tl.int64), sem="acq_rel")
+    if (before & 0xFFFFFFFF) == tl.num_programs(0) - 1:
+        asked = asks_too | ((before >> 32) > 0)
+        tl.atomic_xchg(asks, 0, sem="relaxed")
+        # An atomic gives all threads one number; loading and storing it would not.
+        number = tl.atomic_add(counter, 1, sem="relaxed") + 1
+        tl.store(rung, tl.where(asked, number, 0))
+        if asked | (number % layers == 0):
+            store_release(bell.to(tl.int64), number)
 
 
 class Asker:
@@ -70,7 +76,7 @@ class Asker:
         layers: questions of a step
 
     counter: `[1]` int64, number of the last question
-    asks: `[1]` int64, programs of a plan that ask
+    asks: `[1]` int64, programs of a plan that have ended, and from bit 32 on those that ask
     rung: `[1]` int64, the last question's number, 0 if it asks nothing
     seen: `[1]` int64, number of the last question that was waited for
     lost: `[1]` int64, number of the first question that was not answered in time; 0: none

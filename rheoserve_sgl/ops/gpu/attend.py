@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.ops.gpu.ask import load_acquire, load_acquire_own, nanoseconds, ring
+from rheoserve_sgl.ops.gpu.ask import load_acquire, load_acquire_own, nanoseconds
 from rheoserve_sgl.ops.gpu.early import early, start
 from rheoserve_sgl.ops.plan import Visit
 
@@ -29,16 +29,13 @@ def _part_length(count, parts, FEWEST: tl.constexpr):
 
 @triton.jit
 def _attend_split(
-    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, group, counter, asks, rung, bell, layers,
+    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, group,
     DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, FEWEST: tl.constexpr,
-    RING: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     start(EARLY)
     pair = tl.program_id(0)
     part = tl.program_id(1)
-    if RING:
-        if pair + part == 0:
-            ring(counter, asks, rung, bell, layers)
     count = tl.load(counts + pair)
     split = _part_length(count, tl.num_programs(1), FEWEST)
     first = part * split
@@ -176,24 +173,21 @@ def parts_of(pairs: int) -> int:
     return min(max(PROGRAMS // max(pairs, 1), 1), PARTS)
 
 
-def attend_split(q, blocks, visit: Visit, split: Split, scale: float, asker=None):
-    """Ask the CPU, and attend to each part of each list.
+def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
+    """Attend to each part of each list.
 
     Products are of the blocks' dtype: queries and weights are rounded to it.
 
     Args:
         q: `[batch, kv_heads, group, head_dim]`, any float dtype, group at most 16
         blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
-        asker: Asker, which `plan_gpu` was called with; None: the CPU is not asked. Every call is a question with a
-            number; those of nothing are passed over, but for a step's last, with which the CPU may go to sleep
     """
-    bell = (asker.counter, asker.asks, asker.rung, asker.asked, asker.layers) if asker else (*[visit.count] * 4, 1)
     batch, kv_heads, group, dim = q.shape
     _attend_split[(batch * kv_heads, split.lse.shape[1])](
         q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse, scale,
-        visit.blocks.shape[-1], group, *bell,
+        visit.blocks.shape[-1], group,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS, FEWEST=FEWEST,
-        RING=asker is not None, **early(q.device),
+        **early(q.device),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Scores, selection, recorder and both lists of a decode step, one program for each (request, KV head).
+"""Scores, selection, recorder and lists of a decode step, one program for each (request, KV head).
 
-The same selection as `rheoserve_sgl.ops.plan.plan_torch`. The visit list and the query go to pinned memory; the kernel
-that attends to the resident list, the next one, rings the CPU's bell, if there is anything to visit.
+The same selection as `rheoserve_sgl.ops.plan.plan_torch`. The visit list and the query go to pinned memory; the program
+that ends last rings the CPU's bell, if there is anything to visit. The resident list is made here only where it depends
+on the selection; see `listing.py`.
 """
 
 import triton
@@ -9,7 +10,9 @@ import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
+from rheoserve_sgl.ops.gpu.ask import ring
 from rheoserve_sgl.ops.gpu.early import early, start
+from rheoserve_sgl.ops.gpu.listing import frames_of_pages, tail_of, warps_of, width_of, with_arrived
 from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
@@ -97,10 +100,11 @@ def best(key, open_, room, first, STEP: tl.constexpr, DIGITS: tl.constexpr):
 def _plan(
     logits, tile_max, tile_sum, pages, n_pages, tail_len, quiet, requests, frame_of, importance, weight, budgets,
     q, q_out, frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, came,
-    asks, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
-    SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, RECORD: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
-    TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, NP: tl.constexpr, QUERIES: tl.constexpr,
-    TOKENS: tl.constexpr, RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
+    counter, asks, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
+    SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, LISTS: tl.constexpr, RECORD: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
+    NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
+    RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
     FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # What neither the kernel in front nor the one before that writes is read while they run.
@@ -113,19 +117,13 @@ def _plan(
     tail = tl.load(tail_len + row)
     at = tl.arange(0, NP)
     valid = at < count
-    page = tl.load(pages + row * max_pages + at, mask=at < max_pages, other=0)
-    page = tl.where(valid, page, 0).to(tl.int64)  # (so that this load does not wait for the count)
-    block = page * kv_heads + head
-    frame = tl.load(frame_of + block, mask=valid, other=-1)
-    newest = tl.load(pages + row * max_pages + count - 1, mask=count > 0, other=0).to(tl.int64)
-    newest_frame = tl.load(frame_of + newest * kv_heads + head)
-    if COPIERS > 0:
-        # What has come to this layer meanwhile is in its frame; the next kernel reads it. (An atomic gives all threads
-        # one number, while the copying kernel counts on.)
-        here = tl.atomic_add(came, 0, sem="relaxed") >= COPIERS
-        frame = tl.where((frame <= ARRIVING) & here, ARRIVING - frame, frame)
-        newest_frame = tl.where((newest_frame <= ARRIVING) & here, ARRIVING - newest_frame, newest_frame)
+    block, frame, newest_frame = frames_of_pages(pages, frame_of, row, head, kv_heads, count, max_pages, NP)
     start(EARLY)
+    if COPIERS > 0:
+        # (An atomic gives all threads one number, while the copying kernel counts on.)
+        seen = tl.atomic_add(came, 0, sem="acquire") if LISTS else tl.load(came + pair)
+        frame = with_arrived(frame, seen, ARRIVING, COPIERS)
+        newest_frame = with_arrived(newest_frame, seen, ARRIVING, COPIERS)
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     n_forced = tl.minimum(count, sink + 1 + window)
     score = tl.zeros([NP], tl.float32)
@@ -161,13 +159,14 @@ def _plan(
     # Both lists at once: the one's places in 16 bits, the other's in the others.
     listed = resident.to(tl.uint32) + (outside.to(tl.uint32) << 16)
     place = tl.cumsum(listed, 0)
-    tl.store(frames + list_at + (place & 0xFFFF).to(tl.int32) - 1, frame, mask=resident)
+    if LISTS:
+        tl.store(frames + list_at + (place & 0xFFFF).to(tl.int32) - 1, frame, mask=resident)
     tl.store(visits + list_at + (place >> 16).to(tl.int32) - 1, block.to(tl.int32), mask=outside)
     length = tl.sum(listed, 0)
     on_device, on_host = (length & 0xFFFF).to(tl.int32), (length >> 16).to(tl.int32)
-    # The newest page is always chosen.
-    tl.store(frame_count + pair, on_device)
-    tl.store(frame_last + pair, tl.where((count > 0) & (newest_frame >= 0), tail, TOKENS))
+    if LISTS:  # The newest page is always chosen.
+        tl.store(frame_count + pair, on_device)
+        tl.store(frame_last + pair, tail_of(count, newest_frame, tail, TOKENS))
     # Pinned memory is far away: nothing is written where nothing was.
     says = (on_host > 0) | (said > 0)
     tl.store(visit_count + pair, on_host, mask=says)
@@ -183,8 +182,8 @@ def _plan(
         used = (query < q_heads)[:, None] & (dim < DIM)[None, :]
         where = (pair * q_heads + query)[:, None] * DIM + dim[None, :]
         tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0).to(tl.float32), mask=used)
-        if RING:
-            tl.atomic_add(asks, 1, sem="relaxed")
+    if RING:
+        ring(on_host > 0, counter, asks, rung, bell, layers)
 
 
 def plan_gpu(
@@ -206,34 +205,38 @@ def plan_gpu(
         weight: `[1]` float32
         budgets: `[batch]` int32, pages that a KV head may select
         exchange: Exchange, pinned: gets the visit lists, and the queries of those with any
-        device: Visit, gets the resident lists
+        device: Visit, gets the resident lists; None: `append_gpu` has made them, of all that is resident
         visited: `[batch, kv_heads]` int32 on the device, gets the lengths of the visit lists; holds what the exchange's
             lists have had since the last call
         totals: `[slots, 3]` int64, of each row of req_to_token: gets the blocks listed for the device, for the CPU, and
             selected
-        asker: Asker, with which `attend_split` is called next; None: the CPU is not asked
-        arrived: `[1]` int32, how many of the programs that copy beside the step are done with this layer; None: nothing
-            is copied
+        asker: Asker; None: the CPU is not asked. Every call is a question with a number; those of nothing are passed
+            over, but for a step's last, with which the CPU may go to sleep
+        arrived: `[1]` int32, how many of the programs that copy beside the step are done with this layer; without
+            `device`, `[batch, kv_heads]`, how many were when each list was made; None: nothing is copied
     """
+    if device is None and rule.selected_only:
+        raise ValueError("the resident lists of a rule with selected_only are made from its selection")
     batch, kv_heads, group, dim = q.shape
     max_pages = tables.pages.shape[1]
     tiles = triton.cdiv(max_pages, PAGES)
-    width = max(triton.next_power_of_2(max_pages), 16)
+    width = width_of(max_pages)
+    lists = (q, q, q) if device is None else (device.blocks, device.count, device.last_len)
+    bell = (asker.counter, asker.asks, asker.rung, asker.asked, asker.layers) if asker else (*[totals] * 4, 1)
     record = scratch is not None
     logits, tile_max, tile_sum = (scratch.logits, scratch.tile_max, scratch.tile_sum) if record else (q, q, q)
     heads = logits.shape[2] if record else 1
     _plan[(batch * kv_heads,)](
         logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, tables.quiet, tables.requests,
-        frame_of, importance, weight, budgets, q, exchange.q, device.blocks, device.count, device.last_len,
+        frame_of, importance, weight, budgets, q, exchange.q, *lists,
         exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals,
-        totals if arrived is None else arrived, asker.asks if asker else totals,
-        kv_heads, heads, group, max_pages, tiles,
+        totals if arrived is None else arrived, *bell, kv_heads, heads, group, max_pages, tiles,
         rule.sink_pages, rule.window_pages, rule.log_threshold,
-        SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, RECORD=record,
+        SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, LISTS=device is not None, RECORD=record,
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
-        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, num_warps=min(max(width // 256, 4), 16), **early(q.device),
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, num_warps=warps_of(width), **early(q.device),
     )  # fmt: skip
 
 

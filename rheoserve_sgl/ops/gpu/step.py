@@ -1,7 +1,10 @@
 """One decode step on a GPU with the CPU beside it: memory that stays where it is, and a layer's kernels in order.
 
-`begin` runs before each step, outside the CUDA graph; `layer` is captured.
+`begin` runs before each step, outside the CUDA graph; `layer` is captured. A layer's CPU part is selected and asked for
+on a stream beside the one that attends to what is resident; they meet where both parts are merged.
 """
+
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +14,7 @@ from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
+from rheoserve_sgl.ops.gpu.listing import Listing
 from rheoserve_sgl.ops.gpu.plan import MOST_PAGES, plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -41,7 +45,9 @@ class GpuStep:
         device = pool.device
         self.tables = Tables.make(batch, max_pages, device)
         self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
-        self.visited = torch.zeros_like(self.device_visit.count)
+        self.visited, self.seen = torch.zeros((2, batch, kv_heads), dtype=torch.int32, device=device)
+        # What is selected there is little work that much waits for, so it goes first.
+        self.side = torch.cuda.Stream(device, priority=-1) if exchange.visit.count.is_pinned() else None
         self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -89,28 +95,42 @@ class GpuStep:
         tables, visit = self.tables.rows(batch), rows_of(self.device_visit, batch)
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
         heads = q.contiguous().view(batch, kv_heads, group, dim)
-        append_gpu(
-            pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
-            quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
-        )  # fmt: skip
+        arrived = pool.arrived[index : index + 1]
+        beside = not rule.selected_only  # then what is attended to on the GPU depends on the selection
+        listing = Listing(tables, visit, arrived, self.seen) if beside else None
+        keys = self.kind if self.kind in ("max_min", "mean") and self.selects else "none"
+        append_gpu(pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v, quick, keys, listing)
+        with self.beside(beside):
+            if self.selects and self.kind == "seer":
+                gate, plain = pool.gate, tapped.k.view(batch, kv_heads, dim)
+                gate_keys_gpu(gate.layers[index], plain, tables, gate.running[index], quick, gate.rotate_last)
+            scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
+            plan_gpu(
+                rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets,
+                self.exchange, None if beside else visit, self.visited[:batch], self.totals, self.asker,
+                self.seen if beside else arrived,
+            )  # fmt: skip
         if pool.canary is not None:
             pool.canary.wrote(index, loc, k, v)
-        if self.selects and self.kind == "seer":
-            gate, keys = pool.gate, tapped.k.view(batch, kv_heads, dim)
-            gate_keys_gpu(gate.layers[index], keys, tables, gate.running[index], quick, gate.rotate_last)
-        scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
-        exchange = self.exchange
-        plan_gpu(
-            rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, exchange, visit,
-            self.visited[:batch], self.totals, self.asker, pool.arrived[index : index + 1],
-        )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], visit, split, scale, self.asker)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        merge_parts(visit, split, out, self.lse, (self.visited, exchange.out, exchange.lse), self.asker)
+        if beside and self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+        merge_parts(visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
         return out.view(batch, -1)
+
+    @contextmanager
+    def beside(self, apart: bool):
+        """On the stream beside the current one, from here on, if `apart`."""
+        if not apart or self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
 
     def score(self, index: int, heads, tables: Tables, scale: float, tapped=None) -> Scratch:
         """Score the blocks in `tables` for one query of each request.
