@@ -12,7 +12,7 @@ import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.gpu.ask import load_acquire, load_acquire_own, nanoseconds
-from rheoserve_sgl.ops.gpu.early import early, start
+from rheoserve_sgl.ops.gpu.early import early, let_next, start, wait
 from rheoserve_sgl.ops.plan import Visit
 
 FEWEST = 2  # blocks of a list to a program, at least
@@ -31,9 +31,11 @@ def _part_length(count, parts, FEWEST: tl.constexpr):
 def _attend_split(
     q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, group,
     DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, FEWEST: tl.constexpr,
-    EARLY: tl.constexpr,
+    BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
+    let_next(EARLY)
+    if not BESIDE:
+        wait(EARLY)
     pair = tl.program_id(0)
     part = tl.program_id(1)
     count = tl.load(counts + pair)
@@ -73,6 +75,8 @@ def _attend_split(
         row = (pair * tl.num_programs(1) + part).to(tl.int64) * group + head
         tl.store(acc_out + row[:, None] * DIM + dim[None, :], acc / total[:, None], mask=used)
         tl.store(lse_out + row, top + tl.log(total), mask=head < group)
+    if BESIDE:
+        wait(EARLY)  # the next kernel waits for this one only
 
 
 @triton.jit
@@ -173,7 +177,7 @@ def parts_of(pairs: int) -> int:
     return min(max(PROGRAMS // max(pairs, 1), 1), PARTS)
 
 
-def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
+def attend_split(q, blocks, visit: Visit, split: Split, scale: float, beside: bool = False):
     """Attend to each part of each list.
 
     Products are of the blocks' dtype: queries and weights are rounded to it.
@@ -181,13 +185,14 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float):
     Args:
         q: `[batch, kv_heads, group, head_dim]`, any float dtype, group at most 16
         blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
+        beside: whether the kernel launched right before, a `plan_gpu`, writes none of this, so that both run at once
     """
     batch, kv_heads, group, dim = q.shape
     _attend_split[(batch * kv_heads, split.lse.shape[1])](
         q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse, scale,
         visit.blocks.shape[-1], group,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS, FEWEST=FEWEST,
-        **early(q.device),
+        BESIDE=beside, **early(q.device),
     )  # fmt: skip
 
 

@@ -16,8 +16,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def start(EARLY: tl.constexpr):
     """Wait for the kernel in front, and let the next one be launched."""
+    wait(EARLY)
+    let_next(EARLY)
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Wait until the kernel in front has ended."""
     if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def let_next(EARLY: tl.constexpr):
+    """Let the next kernel be launched once all programs have come this far."""
+    if EARLY:
         gdc_launch_dependents()
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import ring
-from rheoserve_sgl.ops.gpu.early import early, start
+from rheoserve_sgl.ops.gpu.early import early, let_next, start, wait
 from rheoserve_sgl.ops.gpu.listing import frames_of_pages, tail_of, warps_of, width_of, with_arrived
 from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.score import PAGES
@@ -20,6 +20,7 @@ from rheoserve_sgl.ops.plan import Rule, Select
 QUERIES = 16  # query heads to a KV head, at most
 FIRST, HALF_OCTAVE = 0x3D7FFFFF, 1 << 22  # -64 as `ordered` has it, and from there half octaves up: log-softmaxes
 DIGITS = 16  # marks of a round of the search
+OPEN = True
 MOST_PAGES = 1 << 16  # of a request: places in both lists are counted in one number
 
 
@@ -105,7 +106,7 @@ def _plan(
     DIM: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
     NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
-    FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, EARLY: tl.constexpr,
+    FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, OPEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # What neither the kernel in front nor the one before that writes is read while they run.
     pair = tl.program_id(0)
@@ -118,7 +119,11 @@ def _plan(
     at = tl.arange(0, NP)
     valid = at < count
     block, frame, newest_frame = frames_of_pages(pages, frame_of, row, head, kv_heads, count, max_pages, NP)
-    start(EARLY)
+    if OPEN:
+        let_next(EARLY)
+        wait(EARLY)
+    else:
+        start(EARLY)
     if COPIERS > 0:
         # (An atomic gives all threads one number, while the copying kernel counts on.)
         seen = tl.atomic_add(came, 0, sem="acquire") if LISTS else tl.load(came + pair)
@@ -236,7 +241,8 @@ def plan_gpu(
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
-        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, num_warps=warps_of(width), **early(q.device),
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, OPEN=record and device is None and OPEN,
+        num_warps=warps_of(width), **early(q.device),
     )  # fmt: skip
 
 

@@ -1,10 +1,8 @@
 """One decode step on a GPU with the CPU beside it: memory that stays where it is, and a layer's kernels in order.
 
-`begin` runs before each step, outside the CUDA graph; `layer` is captured. A layer's CPU part is selected and asked for
-on a stream beside the one that attends to what is resident; they meet where both parts are merged.
+`begin` runs before each step, outside the CUDA graph; `layer` is captured. Attention over what is resident begins while
+the CPU's part is still being selected.
 """
-
-from contextlib import contextmanager
 
 import torch
 
@@ -46,8 +44,6 @@ class GpuStep:
         self.tables = Tables.make(batch, max_pages, device)
         self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
         self.visited, self.seen = torch.zeros((2, batch, kv_heads), dtype=torch.int32, device=device)
-        # What is selected there is little work that much waits for, so it goes first.
-        self.side = torch.cuda.Stream(device, priority=-1) if exchange.visit.count.is_pinned() else None
         self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -96,41 +92,27 @@ class GpuStep:
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
         heads = q.contiguous().view(batch, kv_heads, group, dim)
         arrived = pool.arrived[index : index + 1]
-        beside = not rule.selected_only  # then what is attended to on the GPU depends on the selection
+        beside = not rule.selected_only  # the resident lists do not depend on the selection
         listing = Listing(tables, visit, arrived, self.seen) if beside else None
         keys = self.kind if self.kind in ("max_min", "mean") and self.selects else "none"
         append_gpu(pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v, quick, keys, listing)
-        with self.beside(beside):
-            if self.selects and self.kind == "seer":
-                gate, plain = pool.gate, tapped.k.view(batch, kv_heads, dim)
-                gate_keys_gpu(gate.layers[index], plain, tables, gate.running[index], quick, gate.rotate_last)
-            scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
-            plan_gpu(
-                rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets,
-                self.exchange, None if beside else visit, self.visited[:batch], self.totals, self.asker,
-                self.seen if beside else arrived,
-            )  # fmt: skip
         if pool.canary is not None:
             pool.canary.wrote(index, loc, k, v)
+        if self.selects and self.kind == "seer":
+            gate, plain = pool.gate, tapped.k.view(batch, kv_heads, dim)
+            gate_keys_gpu(gate.layers[index], plain, tables, gate.running[index], quick, gate.rotate_last)
+        scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
+        plan_gpu(
+            rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, self.exchange,
+            None if beside else visit, self.visited[:batch], self.totals, self.asker, self.seen if beside else arrived,
+        )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], visit, split, scale)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale, beside)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        if beside and self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
         merge_parts(visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
         return out.view(batch, -1)
-
-    @contextmanager
-    def beside(self, apart: bool):
-        """On the stream beside the current one, from here on, if `apart`."""
-        if not apart or self.side is None:
-            yield
-            return
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            yield
 
     def score(self, index: int, heads, tables: Tables, scale: float, tapped=None) -> Scratch:
         """Score the blocks in `tables` for one query of each request.
