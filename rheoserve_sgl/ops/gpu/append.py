@@ -1,16 +1,13 @@
 """Write-through of a step's tokens by one kernel, into frames and over PCIe straight into the pinned host store, with
-the running keys of a training-free gate and the lists of resident blocks.
+the running keys of a training-free gate.
 """
 
 import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.append import check_rows
 from rheoserve_sgl.ops.gpu.early import early, start
-from rheoserve_sgl.ops.gpu.listing import Listing, frames_of_pages, tail_of, warps_of, width_of, with_arrived
-from rheoserve_sgl.ops.gpu.move import BESIDE
 
 KEYS = {"none": 0, "max_min": 1, "mean": 2}
 
@@ -44,32 +41,11 @@ def lower(new, low):
 @triton.jit
 def _append(
     host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
-    pages, n_pages, tail_len, lists, counts, last_len, came, seen, max_pages,
-    KEYS: tl.constexpr, NP: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
-    DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    row = token * kv_heads + head
-    if NP > 0:  # while the kernels in front run, which write nothing of this
-        count = tl.load(n_pages + token)
-        _, frame, newest_frame = frames_of_pages(pages, frame_of, token, head, kv_heads, count, max_pages, NP)
-        if COPIERS > 0:
-            # (An atomic gives all threads one number, while the copying kernel counts on.)
-            so_far = tl.atomic_add(came, 0, sem="acquire")
-            frame = with_arrived(frame, so_far, ARRIVING, COPIERS)
-            newest_frame = with_arrived(newest_frame, so_far, ARRIVING, COPIERS)
-        tail = tail_of(count, newest_frame, tl.load(tail_len + token), TOKENS)
-        resident = (frame >= 0).to(tl.int32)
-        place = tl.cumsum(resident, 0) - 1
-        on_device = tl.sum(resident, 0)
-    start(EARLY)
-    if NP > 0:
-        tl.store(lists + row * max_pages + place, frame, mask=frame >= 0)
-        tl.store(counts + row, on_device)
-        tl.store(last_len + row, tail)
-        if COPIERS > 0:
-            tl.store(seen + row, so_far)
     at = tl.load(loc + token)
     pair = at // TOKENS * kv_heads + head
     offset = at % TOKENS
@@ -92,7 +68,7 @@ def _append(
         tl.store(own, mean + (new - mean) / (offset + 1).to(tl.float32), mask=used)
 
 
-def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none", listing: Listing | None = None):
+def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"):
     """As `append_torch`, without waiting: the CPU sees the tokens when the stream has passed.
 
     Args:
@@ -101,23 +77,13 @@ def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"
         quick: `[all_pages, kv_heads, key_dim]`, float32 or, for "max_min", the dtype of k; the newest pages' keys take
             in their new token. Only for one token a page
         keys: what they are: "none", "max_min" or "mean"
-        listing: Listing of the requests of the tokens, one each; None: no lists are made. Neither the kernel launched
-            right before nor the one before it may write to its tables or frame_of: they are read while those run
     """
     tokens, kv_heads, dim = k.shape
     check_rows(host, k, v)
     if tokens == 0:
         return
-    width, copiers, lists = 0, 0, (loc,) * 8
-    if listing is not None:
-        tables, visit, arrived = listing.tables, listing.visit, listing.arrived
-        lists = (
-            tables.pages, tables.n_pages, tables.tail_len, visit.blocks, visit.count, visit.last_len,
-            loc if arrived is None else arrived, listing.seen,
-        )  # fmt: skip
-        width, copiers = width_of(tables.pages.shape[1]), 0 if arrived is None else BESIDE
     _append[(tokens, kv_heads)](
         host, frames, frame_of, loc, k, v, frames if quick is None else quick, k.stride(0), v.stride(0), kv_heads,
-        *lists, lists[0].shape[-1], KEYS=KEYS[keys], NP=width, ARRIVING=ARRIVING, COPIERS=copiers,
-        DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS, num_warps=warps_of(width), **early(k.device),
+        KEYS=KEYS[keys], DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
+        **early(k.device),
     )  # fmt: skip

@@ -11,8 +11,16 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import ring
-from rheoserve_sgl.ops.gpu.early import early, let_next, start, wait
-from rheoserve_sgl.ops.gpu.listing import frames_of_pages, tail_of, warps_of, width_of, with_arrived
+from rheoserve_sgl.ops.gpu.early import early, let_next, wait
+from rheoserve_sgl.ops.gpu.listing import (
+    Listing,
+    blocks_of,
+    length_of_last,
+    list_resident,
+    warps_of,
+    width_of,
+    with_arrived,
+)
 from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.plan import Rule, Select
@@ -20,7 +28,7 @@ from rheoserve_sgl.ops.plan import Rule, Select
 QUERIES = 16  # query heads to a KV head, at most
 FIRST, HALF_OCTAVE = 0x3D7FFFFF, 1 << 22  # -64 as `ordered` has it, and from there half octaves up: log-softmaxes
 DIGITS = 16  # marks of a round of the search
-OPEN = True
+OPEN = 0
 MOST_PAGES = 1 << 16  # of a request: places in both lists are counted in one number
 
 
@@ -101,11 +109,12 @@ def best(key, open_, room, first, STEP: tl.constexpr, DIGITS: tl.constexpr):
 def _plan(
     logits, tile_max, tile_sum, pages, n_pages, tail_len, quiet, requests, frame_of, importance, weight, budgets,
     q, q_out, frames, frame_count, frame_last, visits, visit_count, visit_last, visited, totals, came,
+    next_frame_of, next_came, next_frames, next_count, next_last, next_seen,
     counter, asks, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, LISTS: tl.constexpr, RECORD: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
     NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
-    RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr,
+    RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr, NEXT: tl.constexpr, NEXT_COPIERS: tl.constexpr,
     FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, OPEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # What neither the kernel in front nor the one before that writes is read while they run.
@@ -118,17 +127,17 @@ def _plan(
     tail = tl.load(tail_len + row)
     at = tl.arange(0, NP)
     valid = at < count
-    block, frame, newest_frame = frames_of_pages(pages, frame_of, row, head, kv_heads, count, max_pages, NP)
-    if OPEN:
-        let_next(EARLY)
-        wait(EARLY)
-    else:
-        start(EARLY)
+    block, newest = blocks_of(pages, row, head, kv_heads, count, max_pages, NP)
+    frame = tl.load(frame_of + block, mask=valid, other=-1)
+    newest_frame = tl.load(frame_of + newest)
     if COPIERS > 0:
         # (An atomic gives all threads one number, while the copying kernel counts on.)
         seen = tl.atomic_add(came, 0, sem="acquire") if LISTS else tl.load(came + pair)
         frame = with_arrived(frame, seen, ARRIVING, COPIERS)
         newest_frame = with_arrived(newest_frame, seen, ARRIVING, COPIERS)
+    wait(EARLY)
+    if OPEN == 0:
+        let_next(EARLY)
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     n_forced = tl.minimum(count, sink + 1 + window)
     score = tl.zeros([NP], tl.float32)
@@ -150,12 +159,6 @@ def _plan(
         if selects:
             chosen = forced | (valid & ((score > log_threshold) | (score != score)))
             n_chosen = tl.sum(chosen.to(tl.int32), 0)
-    if RECORD:
-        if selects:
-            gain = tl.where(score == score, tl.exp(score), 0.0)
-            if SELECT >= 2:
-                gain += chosen.to(tl.float32)
-            tl.atomic_add(importance + block, gain * tl.load(weight), mask=valid, sem="relaxed")
     resident = valid & (frame >= 0)
     outside = chosen & (frame < 0)
     if SELECTED_ONLY:
@@ -171,16 +174,12 @@ def _plan(
     on_device, on_host = (length & 0xFFFF).to(tl.int32), (length >> 16).to(tl.int32)
     if LISTS:  # The newest page is always chosen.
         tl.store(frame_count + pair, on_device)
-        tl.store(frame_last + pair, tail_of(count, newest_frame, tail, TOKENS))
+        tl.store(frame_last + pair, length_of_last(count, newest_frame, tail, TOKENS))
     # Pinned memory is far away: nothing is written where nothing was.
     says = (on_host > 0) | (said > 0)
     tl.store(visit_count + pair, on_host, mask=says)
     tl.store(visited + pair, on_host)
     tl.store(visit_last + pair, tl.where((count > 0) & (newest_frame < 0), tail, TOKENS), mask=says)
-    own = totals + tl.load(requests + row) * 3
-    tl.atomic_add(own, on_device.to(tl.int64), sem="relaxed")
-    tl.atomic_add(own + 1, on_host.to(tl.int64), sem="relaxed")
-    tl.atomic_add(own + 2, n_chosen.to(tl.int64), sem="relaxed")
     if on_host > 0:
         query = tl.arange(0, QUERIES)
         dim = tl.arange(0, WIDE)
@@ -189,15 +188,33 @@ def _plan(
         tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0).to(tl.float32), mask=used)
     if RING:
         ring(on_host > 0, counter, asks, rung, bell, layers)
+    if OPEN == 1:
+        let_next(EARLY)
+    own = totals + tl.load(requests + row) * 3
+    tl.atomic_add(own, on_device.to(tl.int64), sem="relaxed")
+    tl.atomic_add(own + 1, on_host.to(tl.int64), sem="relaxed")
+    tl.atomic_add(own + 2, n_chosen.to(tl.int64), sem="relaxed")
+    if RECORD:
+        if selects:
+            gain = tl.where(score == score, tl.exp(score), 0.0)
+            if SELECT >= 2:
+                gain += chosen.to(tl.float32)
+            tl.atomic_add(importance + block, gain * tl.load(weight), mask=valid, sem="relaxed")
+    if NEXT:
+        list_resident(
+            pair, block, newest, count, tail, max_pages, next_frame_of, next_came, next_frames, next_count, next_last,
+            next_seen, NP, TOKENS, ARRIVING, NEXT_COPIERS,
+        )  # fmt: skip
 
 
 def plan_gpu(
     rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals,
-    asker=None, arrived=None,
+    asker=None, arrived=None, following: Listing | None = None,
 ):  # fmt: skip
-    """Select, record, fill both lists, and note whether the CPU is to be asked.
+    """Select, record, fill the lists, and ask the CPU.
 
-    The kernel launched right before must not write to tables, frame_of or visited: they are read while it runs.
+    The kernel launched right before must not write to tables, frame_of, visited or arrived: they are read while it
+    runs.
 
     Args:
         rule: Rule; its budget is in `budgets`
@@ -210,7 +227,7 @@ def plan_gpu(
         weight: `[1]` float32
         budgets: `[batch]` int32, pages that a KV head may select
         exchange: Exchange, pinned: gets the visit lists, and the queries of those with any
-        device: Visit, gets the resident lists; None: `append_gpu` has made them, of all that is resident
+        device: Visit, gets the resident lists; None: they have been made before, of all that is resident
         visited: `[batch, kv_heads]` int32 on the device, gets the lengths of the visit lists; holds what the exchange's
             lists have had since the last call
         totals: `[slots, 3]` int64, of each row of req_to_token: gets the blocks listed for the device, for the CPU, and
@@ -219,6 +236,7 @@ def plan_gpu(
             over, but for a step's last, with which the CPU may go to sleep
         arrived: `[1]` int32, how many of the programs that copy beside the step are done with this layer; without
             `device`, `[batch, kv_heads]`, how many were when each list was made; None: nothing is copied
+        following: Listing of another layer, the lists of which are made besides, of the same tables
     """
     if device is None and rule.selected_only:
         raise ValueError("the resident lists of a rule with selected_only are made from its selection")
@@ -227,6 +245,7 @@ def plan_gpu(
     tiles = triton.cdiv(max_pages, PAGES)
     width = width_of(max_pages)
     lists = (q, q, q) if device is None else (device.blocks, device.count, device.last_len)
+    others = (q,) * 6 if following is None else (following.frame_of, *following.outputs)
     bell = (asker.counter, asker.asks, asker.rung, asker.asked, asker.layers) if asker else (*[totals] * 4, 1)
     record = scratch is not None
     logits, tile_max, tile_sum = (scratch.logits, scratch.tile_max, scratch.tile_sum) if record else (q, q, q)
@@ -235,13 +254,14 @@ def plan_gpu(
         logits, tile_max, tile_sum, tables.pages, tables.n_pages, tables.tail_len, tables.quiet, tables.requests,
         frame_of, importance, weight, budgets, q, exchange.q, *lists,
         exchange.visit.blocks, exchange.visit.count, exchange.visit.last_len, visited, totals,
-        totals if arrived is None else arrived, *bell, kv_heads, heads, group, max_pages, tiles,
+        totals if arrived is None else arrived, *others, *bell, kv_heads, heads, group, max_pages, tiles,
         rule.sink_pages, rule.window_pages, rule.log_threshold,
         SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, LISTS=device is not None, RECORD=record,
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
-        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, OPEN=record and device is None and OPEN,
+        NEXT=following is not None, NEXT_COPIERS=following.copiers if following else 0,
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, OPEN=OPEN,
         num_warps=warps_of(width), **early(q.device),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
-from rheoserve_sgl.ops.gpu.listing import Listing
+from rheoserve_sgl.ops.gpu.listing import Listing, list_gpu
 from rheoserve_sgl.ops.gpu.plan import MOST_PAGES, plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -42,8 +42,12 @@ class GpuStep:
             raise ValueError(f"--context-length: {max_pages * PAGE_TOKENS} tokens of a request; legal: up to {most}")
         device = pool.device
         self.tables = Tables.make(batch, max_pages, device)
-        self.device_visit = Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values()))
-        self.visited, self.seen = torch.zeros((2, batch, kv_heads), dtype=torch.int32, device=device)
+        # Of layers with even and with odd numbers: while one is attended to, the next one's lists are made.
+        self.resident = [
+            Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values())) for _ in range(2)
+        ]
+        self.visited, *self.seen = torch.zeros((3, batch, kv_heads), dtype=torch.int32, device=device)
+        self.beside = not any(rule.selected_only for rule in rules)  # else lists depend on the selection
         self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -52,7 +56,7 @@ class GpuStep:
         self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
-        self.rests = self.selects and not any(rule.selected_only for rule in rules)
+        self.rests = self.selects and self.beside
         if self.selects and not self.kind:
             raise ValueError(f"{type(pool.gate).__name__} has no kernels on a GPU")
         heads = 1 if self.kind == "seer" else group
@@ -88,31 +92,40 @@ class GpuStep:
         pool, rule = self.pool, self.rules[index]
         batch = len(q)
         _, kv_heads, group, dim = self.exchange.q.shape
-        tables, visit = self.tables.rows(batch), rows_of(self.device_visit, batch)
+        tables, visit = self.tables.rows(batch), rows_of(self.resident[index % 2], batch)
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
         heads = q.contiguous().view(batch, kv_heads, group, dim)
-        arrived = pool.arrived[index : index + 1]
-        beside = not rule.selected_only  # the resident lists do not depend on the selection
-        listing = Listing(tables, visit, arrived, self.seen) if beside else None
-        keys = self.kind if self.kind in ("max_min", "mean") and self.selects else "none"
-        append_gpu(pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v, quick, keys, listing)
+        if self.beside and index == 0:
+            list_gpu(self.listing(0, tables))
+        append_gpu(
+            pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
+            quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
+        )  # fmt: skip
         if pool.canary is not None:
             pool.canary.wrote(index, loc, k, v)
         if self.selects and self.kind == "seer":
-            gate, plain = pool.gate, tapped.k.view(batch, kv_heads, dim)
-            gate_keys_gpu(gate.layers[index], plain, tables, gate.running[index], quick, gate.rotate_last)
+            gate, keys = pool.gate, tapped.k.view(batch, kv_heads, dim)
+            gate_keys_gpu(gate.layers[index], keys, tables, gate.running[index], quick, gate.rotate_last)
         scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
+        made = (None, self.seen[index % 2]) if self.beside else (visit, pool.arrived[index : index + 1])
+        following = self.listing(index + 1, tables) if self.beside and index + 1 < len(self.rules) else None
         plan_gpu(
             rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, self.exchange,
-            None if beside else visit, self.visited[:batch], self.totals, self.asker, self.seen if beside else arrived,
+            made[0], self.visited[:batch], self.totals, self.asker, made[1], following,
         )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], visit, split, scale, beside)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale, self.beside)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
         merge_parts(visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
         return out.view(batch, -1)
+
+    def listing(self, index: int, tables: Tables) -> Listing:
+        """Of a layer, in the memory of every second one."""
+        pool, visit = self.pool, rows_of(self.resident[index % 2], len(tables.pages))
+        arrived = pool.arrived[index : index + 1]
+        return Listing(tables, pool.residency.frame_of[index], arrived, visit, self.seen[index % 2])
 
     def score(self, index: int, heads, tables: Tables, scale: float, tapped=None) -> Scratch:
         """Score the blocks in `tables` for one query of each request.
