@@ -11,7 +11,7 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import ring
-from rheoserve_sgl.ops.gpu.early import early, let_next, wait
+from rheoserve_sgl.ops.gpu.early import MODE, early, let_next, start, wait
 from rheoserve_sgl.ops.gpu.listing import (
     Listing,
     blocks_of,
@@ -28,7 +28,6 @@ from rheoserve_sgl.ops.plan import Rule, Select
 QUERIES = 16  # query heads to a KV head, at most
 FIRST, HALF_OCTAVE = 0x3D7FFFFF, 1 << 22  # -64 as `ordered` has it, and from there half octaves up: log-softmaxes
 DIGITS = 16  # marks of a round of the search
-OPEN = 0
 MOST_PAGES = 1 << 16  # of a request: places in both lists are counted in one number
 
 
@@ -135,9 +134,11 @@ def _plan(
         seen = tl.atomic_add(came, 0, sem="acquire") if LISTS else tl.load(came + pair)
         frame = with_arrived(frame, seen, ARRIVING, COPIERS)
         newest_frame = with_arrived(newest_frame, seen, ARRIVING, COPIERS)
-    wait(EARLY)
-    if OPEN == 0:
+    if OPEN:
         let_next(EARLY)
+        wait(EARLY)
+    else:
+        start(EARLY)
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     n_forced = tl.minimum(count, sink + 1 + window)
     score = tl.zeros([NP], tl.float32)
@@ -188,8 +189,6 @@ def _plan(
         tl.store(q_out + where, tl.load(q + where, mask=used, other=0.0).to(tl.float32), mask=used)
     if RING:
         ring(on_host > 0, counter, asks, rung, bell, layers)
-    if OPEN == 1:
-        let_next(EARLY)
     own = totals + tl.load(requests + row) * 3
     tl.atomic_add(own, on_device.to(tl.int64), sem="relaxed")
     tl.atomic_add(own + 1, on_host.to(tl.int64), sem="relaxed")
@@ -261,7 +260,7 @@ def plan_gpu(
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
         NEXT=following is not None, NEXT_COPIERS=following.copiers if following else 0,
-        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, OPEN=OPEN,
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, OPEN=MODE >= 2,
         num_warps=warps_of(width), **early(q.device),
     )  # fmt: skip
 
