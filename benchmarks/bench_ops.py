@@ -16,15 +16,17 @@ from rheoserve_sgl.cache.pool import addresses
 from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.coordinator.swap import Ranking, swap_blocks
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
-from rheoserve_sgl.ops.gpu.append import append_gpu
+from rheoserve_sgl.ops.gpu.append_pages import append_pages_gpu
 from rheoserve_sgl.ops.gpu.ask import Asker
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gather import gather_prefix
+from rheoserve_sgl.ops.gpu.listing import Listing
 from rheoserve_sgl.ops.gpu.move import ALONE, BESIDE, fill_frames
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
 from rheoserve_sgl.ops.plan import Rule, Select, Visit
+from rheoserve_sgl.runtime.writes import Writes
 
 LAYERS, KV_HEADS, GROUP, DIM, PAGE = 36, 8, 4, 128, 64
 BLOCK = 2 * PAGE * DIM * 2  # bytes
@@ -106,7 +108,7 @@ class Case:
         return seconds(calls * 4)
 
     def selection(self) -> float:
-        """Score and plan, Quest's keys, 4096 tokens of budget."""
+        """Score and plan, with the lists of a next layer; Quest's keys, 4096 tokens of budget."""
         all_pages = self.batch * self.pages + 1
         tables = Tables.make(self.batch, self.pages, "cuda")
         tables.pages.copy_(torch.randperm(all_pages - 1, device="cuda").view(self.batch, -1) + 1)
@@ -120,12 +122,13 @@ class Case:
         importance, weight = torch.zeros(all_pages, KV_HEADS, device="cuda"), torch.ones(1, device="cuda")
         budgets = torch.full((self.batch,), 4096 // PAGE, dtype=torch.int32, device="cuda")
         visited, totals = torch.zeros_like(visit.count), torch.zeros((self.batch, 3), dtype=torch.int64, device="cuda")
-        rule = Rule(Select.BUDGET, 1, 8)
+        rule, following = Rule(Select.BUDGET, 1, 8), Listing(tables, frame_of, None, visit, torch.zeros_like(visited))
 
         def call(keys):
             score_tiles(self.q, keys, tables, scratch, DIM**-0.5, "range")
             plan_gpu(
-                rule, self.q, tables, scratch, frame_of, importance, weight, budgets, exchange, visit, visited, totals
+                rule, self.q, tables, scratch, frame_of, importance, weight, budgets, exchange, None, visited, totals,
+                following=following,
             )  # fmt: skip
 
         return seconds([lambda keys=keys: call(keys) for keys in quick])
@@ -214,10 +217,18 @@ def moving(frames: torch.Tensor, dim: int) -> dict[str, float]:
     none = torch.full((len(host), KV_HEADS), -1, dtype=torch.int32, device="cuda")
     out = torch.empty(2, blocks // KV_HEADS * PAGE, KV_HEADS, dim, dtype=torch.bfloat16, device="cuda")
     rates["gather_prefix"] = amount / seconds([lambda p=p: gather_prefix(host, frames, none, p, out) for p in pages])
-    loc = [(p[:, None] * PAGE + torch.arange(PAGE, device="cuda")).flatten() for p in pages]
     k, v = torch.randn(2, blocks // KV_HEADS * PAGE, KV_HEADS, dim, device="cuda").bfloat16()
-    rates["write_through"] = amount / seconds([lambda at=at: append_gpu(host, frames, none, at, k, v) for at in loc])
+    writes = [whole_pages(p) for p in pages]
+    rates["write_through"] = amount / seconds(
+        [lambda w=w: append_pages_gpu(host, frames, none, w, k, v) for w in writes]
+    )
     return rates
+
+
+def whole_pages(pages: torch.Tensor) -> Writes:
+    """A prompt's."""
+    before, first = torch.zeros_like(pages, dtype=torch.int32), torch.arange(len(pages), device="cuda") * PAGE
+    return Writes(pages, torch.zeros_like(pages), first, before, before + PAGE, first, PAGE)
 
 
 def main():

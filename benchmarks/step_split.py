@@ -19,7 +19,7 @@ PARTS = {
     "synthetic gate": r"^_(draw|replay)$",  # the benchmark's own
     "resident": r"^_attend_split$",
     "merge and wait": r"^_merge$",
-    "append": r"^_(append|snapshot)$",
+    "append": r"^_(append|snapshot|list)$",
     "swap": r"^_(pair|claim|fill)$",
     "weights": r"gemm|nvjet|cutlass|xmma|gemv|splitK",
 }
@@ -59,15 +59,19 @@ def split_step(kernels: list[dict]) -> dict:
     whole = beside = 0.0
     for start, stop in steps:
         whole += stop - start
-        latest = start
+        latest, front = start, FIRST
         for kernel in (kernel for kernel in kernels if start <= kernel["at"] < stop):
             if kernel["stream"] != own:
                 beside += kernel["took"]
                 continue
-            # One that starts before the one in front has ended waits for it: that time is the other's.
+            # One that starts before the one in front has ended waits for it: that time is the other's. But attention
+            # over what is resident begins at once, beside the plan.
             end = min(kernel["at"] + kernel["took"], stop)
+            if kernel["name"] == ALWAYS and kernel["at"] < latest:
+                took[part_of(front)] -= latest - kernel["at"]
+                latest = kernel["at"]
             took[part_of(kernel["name"])] += max(end - max(kernel["at"], latest), 0)
-            latest = max(latest, end)
+            latest, front = max(latest, end), kernel["name"]
             launches[part_of(kernel["name"])] += 1
     count = len(steps)
     split = {part: round(micro / count / 1000, 3) for part, micro in sorted(took.items())}

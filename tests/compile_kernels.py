@@ -23,6 +23,7 @@ from rheoserve_sgl.ops.gpu import (
     fold,
     gate,
     gather,
+    listing,
     move,
     plan,
     quiet,
@@ -93,13 +94,17 @@ def launch_all(dtype: torch.dtype, dim: int):
     exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
     visit = Visit(*(torch.zeros_like(tensor) for tensor in vars(exchange.visit).values()))
     budgets, totals = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(SLOTS, 3, dtype=torch.int64)
+    ints = torch.zeros(BATCH, dtype=torch.int32)
+    lists = listing.Listing(step, frame_of, ints[:1], visit, visit.count)
+    listing.list_gpu(lists)
     for select in Select:
         for scored in (scratch, None) if select in (Select.ALL, Select.FORCED) else (scratch,):
             rule = Rule(select, 1, 8, selected_only=select == Select.FORCED)
+            own, following = (visit, None) if rule.selected_only else (None, lists)
             for asker in (None, Bell()):
                 plan.plan_gpu(
-                    rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, visit, visit.count,
-                    totals, asker,
+                    rule, q, step, scored, frame_of, importance, torch.ones(1), budgets, exchange, own, visit.count,
+                    totals, asker, ints, following,
                 )  # fmt: skip
     slots = torch.zeros(LAYERS, 4, dtype=torch.int64)
     there = addresses([host] * LAYERS, "cpu")
@@ -109,7 +114,8 @@ def launch_all(dtype: torch.dtype, dim: int):
     move.fill_frames(there, there, host[0, 0].nbytes, Moves(slots, slots, slots[:, 0]))
     gather.gather_prefix(host, frames, frame_of, loc, torch.zeros(2, BATCH * 64, KV_HEADS, dim, dtype=dtype))
     split = attend.SplitRoom(BATCH * KV_HEADS, GROUP, dim, "cpu").split(BATCH * KV_HEADS)
-    attend.attend_split(q, frames, visit, split, 0.1)
+    for beside in (False, True):
+        attend.attend_split(q, frames, visit, split, 0.1, beside)
     answer = (exchange.visit.count, exchange.out, exchange.lse)
     for asker in (None, Bell()):
         out, lse = torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP)
@@ -118,7 +124,6 @@ def launch_all(dtype: torch.dtype, dim: int):
     weights = GateWeights(*matrices, *torch.zeros(2, dim), torch.zeros(9, dim))
     gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
     running = torch.zeros(SLOTS, KV_HEADS, 3, dim)
-    ints = torch.zeros(BATCH, dtype=torch.int32)
     writes = Writes(loc, loc, loc, ints, ints, loc, 1)
     fold.fold_gpu(k, writes, running)
     for keys, width in (("max_min", 2 * dim), ("mean", dim)):
@@ -132,7 +137,7 @@ def main():
     JITFunction.run = compile_instead(JITFunction.run)
     for capability in map(int, sys.argv[1:]):
         driver.set_active(Elsewhere(capability))
-        for module in (append, attend, gate, plan, score):
+        for module in (append, attend, gate, listing, plan, score):
             module.early = early if capability < 90 else lambda device: {"EARLY": True, "launch_pdl": True}
         for dtype, dim in ((torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80)):
             launch_all(dtype, dim)

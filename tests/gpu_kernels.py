@@ -8,7 +8,6 @@ from gpu_step import moved
 from test_attention import check, make_visit, oracle
 from test_attn_gate import make_weights
 
-from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
 from rheoserve_sgl.ops.append import append_torch
@@ -18,7 +17,6 @@ from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
-from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -186,37 +184,6 @@ def test_score_and_plan_equal_torch(rule, selector, heads, dtype, keys):
         if rule.needs_scores:
             gained += 2.0 * expected.chosen[row, :, : len(ids)].T
         torch.testing.assert_close(there[3].cpu()[ids], gained, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("done", [0, BESIDE - 1, BESIDE])
-def test_blocks_that_came_to_this_layer_are_read_from_their_frames(done):
-    """Only once every program that copies is done with the layer; until then the CPU visits them."""
-    rule = Rule(Select.ALL, 1, 1)
-    table, where, _, batch = make_batch([700, 1000], context=1024, pages=100)
-    frame_of = torch.randint(-99, 99, (100, 2), dtype=torch.int32).clamp(min=-1)
-    coming = torch.rand(100, 2) < 0.5
-    given = frame_of.where(~coming | (frame_of < 0), ARRIVING - frame_of).to(DEVICE)
-    known = frame_of if done == BESIDE else frame_of.where(~coming, -1)
-    expected = plan_torch(rule, None, batch.pages, batch.n_pages, batch.tail_len, known)
-    tables, exchange = (
-        tables_of(table, where, torch.tensor([700, 1000])),
-        Exchange.make(4, 2, 1, 64, 16, DEVICE == "cuda"),
-    )
-    lists = [torch.zeros(s, dtype=torch.int32, device=DEVICE) for s in ((4, 2, 16), (4, 2), (4, 2))]
-    device, totals = Visit(*lists), torch.zeros((20, 3), dtype=torch.int64, device=DEVICE)
-    others = (torch.zeros(s, device=DEVICE) for s in ((100, 2), 1))
-    budgets = torch.zeros_like(lists[1][:, 0])
-    q, arrived = torch.randn(4, 2, 1, 64, device=DEVICE), torch.tensor([done], dtype=torch.int32, device=DEVICE)
-    visited = torch.zeros_like(lists[1])
-    plan_gpu(rule, q, tables, None, given, *others, budgets, exchange, device, visited, totals, arrived=arrived)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    for got, wanted in ((device, expected.device), (exchange.visit, expected.host)):
-        assert torch.equal(got.count[:2].cpu(), wanted.count)
-        parts = zip(
-            got.blocks[:2].flatten(0, 1).cpu(), wanted.blocks.flatten(0, 1), wanted.count.flatten(), strict=True
-        )
-        assert all(torch.equal(mine[:count], theirs[:count]) for mine, theirs, count in parts)
 
 
 def test_requests_that_are_all_resident_are_quiet_but_for_every_eighth_step():

@@ -35,12 +35,14 @@ def test_steps_are_whole_and_parts_add_up(tmp_path):
 
 
 def test_a_kernel_that_starts_early_waits_in_the_time_of_the_one_in_front():
-    names = ("_snapshot", "_plan", "_attend_split", "_merge")
+    """But attention works beside the plan."""
+    names = ("_snapshot", "_score", "_plan", "_attend_split", "_merge")
     kernels = [{"name": name, "stream": 7, "at": 10 * n, "took": 18} for n, name in enumerate(names)]
-    kernels += [{"name": "_snapshot", "stream": 7, "at": 50, "took": 5}]
+    kernels += [{"name": "_snapshot", "stream": 7, "at": 60, "took": 5}]
     split = split_step(kernels)
-    assert split["append"] == 0.018 and split["score and plan"] == split["resident"] == split["merge and wait"] == 0.01
-    assert split["between kernels"] == 0.002 and split["step"] == 0.05
+    assert split["append"] == 0.018 and split["score and plan"] == 0.012  # 18 to 28, and until 30
+    assert split["resident"] == 0.018 and split["merge and wait"] == 0.01
+    assert split["between kernels"] == 0.002 and split["step"] == 0.06
 
 
 def test_a_prefill_between_two_steps_is_no_step(tmp_path):

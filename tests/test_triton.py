@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["gpu_kernels.py", "gpu_prefill.py", "gpu_moves.py", "gpu_step.py", "gpu_synthetic.py"]
+FILES = ["gpu_kernels.py", "gpu_lists.py", "gpu_prefill.py", "gpu_moves.py", "gpu_step.py", "gpu_synthetic.py"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -21,7 +21,7 @@ def test_triton_kernels(interpreted, file):
 
 
 KERNELS = {
-    *("_append", "_snapshot", "_disturb", "_score", "_plan", "_attend_split", "_merge"),
+    *("_append", "_snapshot", "_disturb", "_score", "_plan", "_list", "_attend_split", "_merge"),
     *("_queries", "_keys", "_gather", "_pair", "_claim", "_fold", "_pool", "_append_pages", "_first"),
 }
 

@@ -40,8 +40,8 @@ def lower(new, low):
 
 @triton.jit
 def _append(
-    host, frames, frame_of, loc, k, v, quick, stored, k_stride, v_stride, kv_heads,
-    TELL: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start(EARLY)
     token = tl.program_id(0).to(tl.int64)
@@ -54,9 +54,6 @@ def _append(
     key = tl.load(k + token * k_stride + head * DIM + dim, mask=used)
     value = tl.load(v + token * v_stride + head * DIM + dim, mask=used)
     store_rows(host, frames, frame_of, pair, offset * DIM + dim, key, value, used, DIM, TOKENS)
-    if TELL:
-        tl.debug_barrier()  # what other threads of this program stored is released too
-        tl.atomic_xchg(stored + token * kv_heads + head, 1, sem="release")
     new = key.to(tl.float32)
     old = used & (offset > 0)
     if KEYS == 1:
@@ -71,7 +68,7 @@ def _append(
         tl.store(own, mean + (new - mean) / (offset + 1).to(tl.float32), mask=used)
 
 
-def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none", stored=None):
+def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"):
     """As `append_torch`, without waiting: the CPU sees the tokens when the stream has passed.
 
     Args:
@@ -80,15 +77,13 @@ def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"
         quick: `[all_pages, kv_heads, key_dim]`, float32 or, for "max_min", the dtype of k; the newest pages' keys take
             in their new token. Only for one token a page
         keys: what they are: "none", "max_min" or "mean"
-        stored: `[tokens, kv_heads]` int32 of zeros, each gets 1 once keys and values are where `attend_split` reads
-            them; None: nobody looks
     """
     tokens, kv_heads, dim = k.shape
     check_rows(host, k, v)
     if tokens == 0:
         return
     _append[(tokens, kv_heads)](
-        host, frames, frame_of, loc, k, v, frames if quick is None else quick, loc if stored is None else stored,
-        k.stride(0), v.stride(0), kv_heads, TELL=stored is not None, KEYS=KEYS[keys], DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
+        host, frames, frame_of, loc, k, v, frames if quick is None else quick, k.stride(0), v.stride(0), kv_heads,
+        KEYS=KEYS[keys], DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
         **early(k.device),
     )  # fmt: skip

@@ -29,7 +29,7 @@ def _part_length(count, parts, FEWEST: tl.constexpr):
 
 @triton.jit
 def _attend_split(
-    q, blocks, lists, counts, last_len, acc_out, lse_out, stored, scale, max_list, group,
+    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, group,
     DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, FEWEST: tl.constexpr,
     BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -42,11 +42,6 @@ def _attend_split(
     split = _part_length(count, tl.num_programs(1), FEWEST)
     first = part * split
     if first < count:
-        if BESIDE:
-            if first + split >= count:
-                # The newest token's block is the last of a list; the others are older than the step.
-                while tl.atomic_add(stored + pair, 0, sem="acquire") == 0:
-                    pass
         head = tl.arange(0, HEADS)
         dim = tl.arange(0, WIDE)
         token = tl.arange(0, TOKENS)
@@ -105,17 +100,15 @@ def _wait(counter, seen, late, report, waited, answered, limit):
 
 @triton.jit
 def _merge(
-    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, stored, parts, group,
+    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
     counter, rung, seen, late, report, waited, answered, limit,
-    BESIDE: tl.constexpr, WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr, PARTS: tl.constexpr,
+    WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr, PARTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     start(EARLY)
     pair = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
-    if BESIDE:
-        tl.store(stored + pair, 0)
     count = tl.load(counts + pair)
     split = _part_length(count, parts, FEWEST)
     part = tl.arange(0, PARTS)
@@ -184,7 +177,7 @@ def parts_of(pairs: int) -> int:
     return min(max(PROGRAMS // max(pairs, 1), 1), PARTS)
 
 
-def attend_split(q, blocks, visit: Visit, split: Split, scale: float, stored=None):
+def attend_split(q, blocks, visit: Visit, split: Split, scale: float, beside: bool = False):
     """Attend to each part of each list.
 
     Products are of the blocks' dtype: queries and weights are rounded to it.
@@ -192,20 +185,18 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float, stored=Non
     Args:
         q: `[batch, kv_heads, group, head_dim]`, any float dtype, group at most 16
         blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
-        stored: `[batch, kv_heads]` int32, from 1 on of which the newest token is in its frame (see `append_gpu`): then
-            this runs beside the kernels launched since then, which write nothing else of this; `merge_parts` waits
-            for all of them, and sets it to 0. None: this waits for the kernel in front
+        beside: whether the kernel launched right before, a `plan_gpu`, writes none of this, so that both run at once
     """
     batch, kv_heads, group, dim = q.shape
     _attend_split[(batch * kv_heads, split.lse.shape[1])](
-        q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse,
-        visit.count if stored is None else stored, scale, visit.blocks.shape[-1], group,
+        q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse, scale,
+        visit.blocks.shape[-1], group,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS, FEWEST=FEWEST,
-        BESIDE=stored is not None, **early(q.device),
+        BESIDE=beside, **early(q.device),
     )  # fmt: skip
 
 
-def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, stored=None):
+def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
     """Merge the parts, and the CPU's part of the lists that have one.
 
     Args:
@@ -213,7 +204,6 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, sto
         out: `[batch, kv_heads, group, head_dim]`, any float dtype; lse: `[batch, kv_heads, group]` float32
         host: (count `[batch, kv_heads]`, out, lse float32), the CPU's; None: there is none
         asker: Asker, whose last question is to be answered first; None: nothing is waited for
-        stored: see `attend_split`
     """
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
@@ -231,9 +221,8 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, sto
     else:
         bell = (*[count] * 7, 0)
     _merge[(batch * kv_heads, group)](
-        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse,
-        count if stored is None else stored, split.lse.shape[1], group, *bell,
-        BESIDE=stored is not None, WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
+        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
+        WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
         PARTS=triton.next_power_of_2(split.lse.shape[1]), **early(out.device),
     )  # fmt: skip
 

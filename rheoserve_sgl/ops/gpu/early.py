@@ -2,7 +2,9 @@
 
 CUDA's programmatic dependent launch, from compute capability 9.0 on. A kernel is launched with `**early(device)` and
 calls `start` before it writes anything, and before it reads what the kernel in front writes. What older kernels wrote
-it may read at once, if the one in front calls `start` as well or is no such kernel: then those have ended.
+it may read at once, if the one in front calls `start` as well or is no such kernel: then those have ended. One that
+needs nothing of what the kernel in front writes may call `let_next` first and `wait` last, and work beside it: what
+follows waits for both.
 """
 
 from functools import cache
@@ -32,9 +34,6 @@ def let_next(EARLY: tl.constexpr):
     """Let the next kernel be launched once all programs have come this far."""
     if EARLY:
         gdc_launch_dependents()
-
-
-MODE = int(__import__("os").environ.get("RHEO_X", "3"))
 
 
 @cache

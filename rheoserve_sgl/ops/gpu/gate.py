@@ -10,7 +10,7 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.attn_gate import EPSILON, K_PARTS, GateWeights
 from rheoserve_sgl.ops.gpu.append import higher, lower
-from rheoserve_sgl.ops.gpu.early import MODE, early, let_next, start, wait
+from rheoserve_sgl.ops.gpu.early import early, start
 
 ROWS = 32  # of a weight matrix at a time
 
@@ -42,13 +42,9 @@ def _finish(
 def _queries(
     q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
     KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    EPSILON: tl.constexpr, OPEN: tl.constexpr, EARLY: tl.constexpr,
+    EPSILON: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if OPEN:
-        let_next(EARLY)
-        wait(EARLY)
-    else:
-        start(EARLY)
+    start(EARLY)
     pair = tl.program_id(0)
     row = pair // kv_heads
     head = pair % kv_heads
@@ -85,13 +81,9 @@ def _keys(
     kv_heads, dim, inputs, half, key_offset,
     MAX: tl.constexpr, MIN: tl.constexpr, AVG: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, EPSILON: tl.constexpr,
-    OPEN: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    if OPEN:
-        let_next(EARLY)
-        wait(EARLY)
-    else:
-        start(EARLY)
+    start(EARLY)
     pair = tl.program_id(0)
     row = pair // kv_heads
     head = pair % kv_heads
@@ -153,7 +145,7 @@ def gate_queries_gpu(weights: GateWeights, plain, positions, out):
     _queries[(batch * kv_heads,)](
         plain, positions, *_or_any(plain, weights.q, weights.q_norm, weights.rope), out,
         kv_heads, group, dim, inputs, width // 2,
-        KIND=kind, **_options(weights.q_norm, weights.rope, width), OPEN=MODE >= 3, **early(plain.device),
+        KIND=kind, **_options(weights.q_norm, weights.rope, width), **early(plain.device),
     )  # fmt: skip
 
 
@@ -171,7 +163,7 @@ def gate_keys_gpu(weights: GateWeights, plain, tables, running, quick, rotate_la
         *_or_any(plain, weights.k, weights.k_norm, weights.rope), quick,
         kv_heads, dim, len(weights.parts) * dim, weights.gate_dim // 2, PAGE_TOKENS - 1 if rotate_last else 0,
         **parts, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
-        **_options(weights.k_norm, weights.rope, weights.gate_dim), OPEN=MODE >= 3, **early(plain.device),
+        **_options(weights.k_norm, weights.rope, weights.gate_dim), **early(plain.device),
     )  # fmt: skip
 
 

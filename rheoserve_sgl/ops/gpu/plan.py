@@ -11,7 +11,7 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import ring
-from rheoserve_sgl.ops.gpu.early import MODE, early, let_next, start, wait
+from rheoserve_sgl.ops.gpu.early import early, start
 from rheoserve_sgl.ops.gpu.listing import (
     Listing,
     blocks_of,
@@ -114,7 +114,7 @@ def _plan(
     DIM: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
     NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr, NEXT: tl.constexpr, NEXT_COPIERS: tl.constexpr,
-    FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, OPEN: tl.constexpr, EARLY: tl.constexpr,
+    FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # What neither the kernel in front nor the one before that writes is read while they run.
     pair = tl.program_id(0)
@@ -134,11 +134,7 @@ def _plan(
         seen = tl.atomic_add(came, 0, sem="acquire") if LISTS else tl.load(came + pair)
         frame = with_arrived(frame, seen, ARRIVING, COPIERS)
         newest_frame = with_arrived(newest_frame, seen, ARRIVING, COPIERS)
-    if OPEN:
-        let_next(EARLY)
-        wait(EARLY)
-    else:
-        start(EARLY)
+    start(EARLY)
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     n_forced = tl.minimum(count, sink + 1 + window)
     score = tl.zeros([NP], tl.float32)
@@ -260,8 +256,7 @@ def plan_gpu(
         HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
         ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
         NEXT=following is not None, NEXT_COPIERS=following.copiers if following else 0,
-        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, OPEN=MODE >= 2,
-        num_warps=warps_of(width), **early(q.device),
+        FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, num_warps=warps_of(width), **early(q.device),
     )  # fmt: skip
 
 

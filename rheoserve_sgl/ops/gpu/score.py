@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl.ops.gpu.attend import HEADS
-from rheoserve_sgl.ops.gpu.early import MODE, early, let_next, start, wait
+from rheoserve_sgl.ops.gpu.early import early, start
 
 PAGES = 32  # of a tile
 KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by both signs of a query
@@ -17,7 +17,7 @@ KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by b
 def _score(
     q, quick, pages, n_pages, quiet, logits, tile_max, tile_sum, scale, kv_heads, heads, max_pages, tiles,
     DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-    OPEN: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     # The page table is read while the kernels in front run, which do not write it.
     pair = tl.program_id(0)
@@ -27,11 +27,7 @@ def _score(
     rests = tl.load(quiet + row) != 0
     at = tile * PAGES + tl.arange(0, PAGES)
     page = tl.load(pages + row * max_pages + at, mask=at < max_pages, other=0).to(tl.int64)
-    if OPEN:
-        let_next(EARLY)
-        wait(EARLY)
-    else:
-        start(EARLY)
+    start(EARLY)
     if (tile * PAGES < count) & (rests == 0):
         dim = tl.arange(0, WIDE)
         valid = at < count
@@ -92,5 +88,5 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
         q, quick, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
         kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
-        HEADS=HEADS if tensor_cores else 0, num_warps=2, OPEN=MODE >= 3, **early(q.device),
+        HEADS=HEADS if tensor_cores else 0, num_warps=2, **early(q.device),
     )  # fmt: skip

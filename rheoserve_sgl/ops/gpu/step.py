@@ -46,7 +46,7 @@ class GpuStep:
         self.resident = [
             Visit(*(torch.zeros_like(t, device=device) for t in vars(exchange.visit).values())) for _ in range(2)
         ]
-        self.visited, self.stored, *self.seen = torch.zeros((4, batch, kv_heads), dtype=torch.int32, device=device)
+        self.visited, *self.seen = torch.zeros((3, batch, kv_heads), dtype=torch.int32, device=device)
         self.beside = not any(rule.selected_only for rule in rules)  # else lists depend on the selection
         self.room = SplitRoom(batch * kv_heads, group, dim, device)
         self.lse = torch.zeros((batch, kv_heads, group), dtype=torch.float32, device=device)
@@ -95,12 +95,11 @@ class GpuStep:
         tables, visit = self.tables.rows(batch), rows_of(self.resident[index % 2], batch)
         frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
         heads = q.contiguous().view(batch, kv_heads, group, dim)
-        stored = self.stored[:batch] if self.beside else None
         if self.beside and index == 0:
             list_gpu(self.listing(0, tables))
         append_gpu(
             pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
-            quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none", stored,
+            quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
         )  # fmt: skip
         if pool.canary is not None:
             pool.canary.wrote(index, loc, k, v)
@@ -115,12 +114,11 @@ class GpuStep:
             made[0], self.visited[:batch], self.totals, self.asker, made[1], following,
         )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], visit, split, scale, stored)
+        attend_split(heads, pool.frames.layers[index], visit, split, scale, self.beside)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        answer = (self.visited, self.exchange.out, self.exchange.lse)
-        merge_parts(visit, split, out, self.lse, answer, self.asker, stored)
+        merge_parts(visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
         return out.view(batch, -1)
 
     def listing(self, index: int, tables: Tables) -> Listing:
