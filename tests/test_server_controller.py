@@ -176,8 +176,33 @@ def decoding(server, prompt: list[int]):
         asking.join(60)
 
 
+def test_penalties_are_kept_while_some_decode_and_others_wait(checkpoints, tmp_path):
+    """Without overlap: with it, SGLang's own penalties depend on when a step's tokens come to be known."""
+    prompts, exact = random_prompts(66, LENGTHS), ["--disable-overlap-schedule"]
+    kinds = [
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 1.0},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 25, "ignore_eos": False},
+        {},
+        {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    ]
+    plain = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
+    body = {"input_ids": prompts, "sampling_params": [plain | kinds[i % len(kinds)] for i in range(len(prompts))]}
+    with Server(
+        checkpoints.path(), ["--attention-backend", "torch_native", "--page-size", "64", *exact], tmp_path / "dense.log"
+    ) as dense:
+        expected = [answer["output_ids"] for answer in dense.post("/generate", body).json()]
+        without = dense.tokens(prompts[:3], 60)
+    assert all(answer != other for answer, other in zip(expected, without, strict=False))  # penalties tell
+    with rheo_server(checkpoints.path(), [*FLAGS, *exact], tmp_path, STRICT) as server, Watch(server) as seen:
+        answers = [answer["output_ids"] for answer in server.post("/generate", body).json()]
+    assert answers == expected
+    assert max(now["waiting"] for now in seen) >= 2
+
+
 def test_retraction_and_penalties_beside_waiting_requests(checkpoints, dense, tmp_path):
-    """Every few steps SGLang retracts; a request with a penalty makes the batch run whole."""
+    """Every few steps SGLang retracts."""
     prompts = random_prompts(63, LENGTHS)
     penalty = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True, "frequency_penalty": 0.5}
     plain = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}

@@ -18,7 +18,7 @@ from rheoserve_sgl.runtime.admission import Admission, Candidate
 from rheoserve_sgl.runtime.latency_model import StepLoad
 from rheoserve_sgl.runtime.pace import FILLED, LEAST_CHUNK, Pace
 from rheoserve_sgl.runtime.ranks import largest
-from rheoserve_sgl.runtime.slots import Slots, divisible
+from rheoserve_sgl.runtime.slots import Slots
 from rheoserve_sgl.runtime.step_clock import TIMED_STEPS, StepClock
 from rheoserve_sgl.runtime.transaction import Transaction, logical_pages
 
@@ -189,7 +189,7 @@ class Controller:
             one.limit = self._pool.limits.of(request.req_pool_idx)
             one.need = min(one.measured or max(GUESS * one.limit, self._always), self._pages(request))
         rows, coming = list(range(len(known))), []
-        if self.admission is not None and divisible(batch):
+        if self.admission is not None:
             rows, coming = self._choose(batch, known)
         if len(rows) == len(known):
             self.slots.prepare_whole(batch)

@@ -9,6 +9,8 @@ from copy import copy
 
 import torch
 
+from rheoserve_sgl.runtime.penalties import part_of, write_back
+
 
 class Slots:
     """Keeps the part from step to step; it is made anew when its members change.
@@ -37,6 +39,7 @@ class Slots:
         if part is None or part.reqs != chosen or not same_rows(part, batch, rows):
             part = self.part = cut(batch, rows)
         type(part).prepare_for_decode(part)
+        write_back(part.sampling_info.penalizer_orchestrator, batch.sampling_info.penalizer_orchestrator, rows)
         self._ready = part
         batch.forward_mode = part.forward_mode
         self._advance(batch, rows)
@@ -62,11 +65,6 @@ class Slots:
         batch.out_cache_loc = None
 
 
-def divisible(batch) -> bool:
-    """Whether a batch can be run in part: penalties keep state for all its rows in one place."""
-    return not batch.sampling_info.penalizer_orchestrator.is_required
-
-
 def same_rows(part, batch, rows: list[int]) -> bool:
     """Whether a part's numbers are those of the whole batch: requests that were retracted come back with others."""
     kept = ((part.req_pool_indices_cpu, batch.req_pool_indices_cpu), (part.seq_lens_cpu, batch.seq_lens_cpu))
@@ -78,5 +76,6 @@ def cut(batch, rows: list[int]):
     part = copy(batch)
     vars(part).pop("prepare_for_decode", None)  # what hides the method of the whole batch (runtime/scheduling.py)
     part.sampling_info = copy(batch.sampling_info)
+    part.sampling_info.penalizer_orchestrator = part_of(batch.sampling_info.penalizer_orchestrator, part)
     part.filter_batch(keep_indices=rows)
     return part
