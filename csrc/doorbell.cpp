@@ -9,6 +9,9 @@ namespace {
 // A request that is expected comes within a step's time; after this long the threads sleep between looks.
 constexpr auto kPatience = std::chrono::seconds(2);
 constexpr auto kNap = std::chrono::milliseconds(1);
+// As long as the step that asks has not begun: one that follows right after another has within this time.
+constexpr auto kBetweenSteps = std::chrono::milliseconds(1);
+constexpr auto kDoze = std::chrono::microseconds(200);
 constexpr int kPollsPerClock = 256;  // reading the clock costs more than a look
 
 }  // namespace
@@ -51,6 +54,8 @@ bool Doorbell::awaits_request() const {
   return bell_->asked.load(std::memory_order_acquire) <= bell_->answered.load(std::memory_order_relaxed);
 }
 
+bool Doorbell::has_begun(uint64_t answered) const { return bell_->begun.load(std::memory_order_acquire) >= answered; }
+
 void Doorbell::serve() {
   while (!stop_.load()) {
     const uint64_t answered = bell_->answered.load(std::memory_order_relaxed);
@@ -60,12 +65,17 @@ void Doorbell::serve() {
       continue;
     }
     pool_.keep_polling(true);
-    const auto began = std::chrono::steady_clock::now();
-    bool patient = true;
+    auto since = std::chrono::steady_clock::now();
+    bool patient = true, begun = has_begun(answered);
     for (int polls = 0; awaits_request() && !stop_.load(std::memory_order_relaxed);) {
-      if (!patient) std::this_thread::sleep_for(kNap);
+      if (!begun && has_begun(answered)) {
+        pool_.keep_polling(begun = patient = true);
+        since = std::chrono::steady_clock::now();
+      }
+      if (!patient) std::this_thread::sleep_for(begun ? std::chrono::microseconds(kNap) : kDoze);
       else if (++polls % kPollsPerClock != 0) relax();
-      else if (std::chrono::steady_clock::now() - began > kPatience) pool_.keep_polling(patient = false);
+      else if (std::chrono::steady_clock::now() - since > (begun ? std::chrono::microseconds(kPatience) : kBetweenSteps))
+        pool_.keep_polling(patient = false);
     }
     if (!stop_.load()) answer(bell_->asked.load(std::memory_order_acquire));
   }

@@ -17,11 +17,14 @@ namespace rheo {
 // Whoever asks fills what the attention points to, then writes n to `asked`, with no request still unanswered; the
 // results are there when `answered` is n. Numbers may be passed over: those requests count as answered. A request with
 // nothing to visit need not be waited for: what is written meanwhile is read again for the next one. A request that fails
-// is answered too; `failed` is the number of the first.
+// is answered too; `failed` is the number of the first. Requests are expected long before they come where other work is
+// in front of the step that asks: whoever asks may write to `begun`, as a step begins, the number of the last request
+// before it. Until then the threads sleep. (The largest number: all have begun.)
 struct Bell {
   alignas(64) std::atomic<uint64_t> asked;
   alignas(64) std::atomic<uint64_t> answered;
   alignas(64) std::atomic<uint64_t> failed;
+  alignas(64) std::atomic<uint64_t> begun;
 };
 
 class Doorbell {
@@ -48,6 +51,7 @@ class Doorbell {
   void serve();
   void answer(uint64_t number);
   bool awaits_request() const;
+  bool has_begun(uint64_t answered) const;
 
   const std::vector<AttendArgs> attentions_;
   const int32_t* batch_;

@@ -110,13 +110,37 @@ def test_threads_sleep_unless_a_request_is_expected():
     doorbell.expect(1)
     fill(exchange, 1)
     ring(exchange)
-    time.sleep(0.05)
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.1
+    assert processor_seconds(0.5) < 0.1
     doorbell.expect(1)
     fill(exchange, 1)
     ring(exchange)
+
+
+def test_threads_sleep_until_the_step_that_asks_has_begun():
+    """As where a prefill is in front of it. Then they poll, and answer."""
+    exchange, stores, doorbell = make()
+    layers = len(stores)
+    for asked in range(0, 3 * layers, layers):
+        doorbell.expect(layers)
+        if asked:  # the step before is the last that began
+            assert processor_seconds(0.5) < 0.1
+        exchange.bell[3, 0] = asked
+        deadline, used = time.monotonic() + SECONDS / 4, time.process_time()
+        while time.process_time() - used < 0.3:
+            assert time.monotonic() < deadline, "nobody polls"
+            time.sleep(0.05)
+        for _ in stores:
+            fill(exchange, 1)
+            ring(exchange)
+    doorbell.check()
+
+
+def processor_seconds(seconds: float) -> float:
+    """What this process uses of them, in so long a time, after a moment."""
+    time.sleep(0.02)
+    before = time.process_time()
+    time.sleep(seconds)
+    return time.process_time() - before
 
 
 def test_it_ends_while_a_request_is_awaited():

@@ -12,7 +12,7 @@ from rheoserve_sgl.runtime.memory import GB, cgroup_room, free_host_bytes, key_b
 TOKEN = 10_000  # bytes
 
 
-def sizes(free=100 * GB, profiled=None, top=None, keys=0.0, **settings):
+def sizes(free=100 * GB, profiled=None, top=None, keys=0.0, staged=0, context=0, **settings):
     return size_tiers(
         RheoConfig(**settings),
         token_bytes=TOKEN,
@@ -20,6 +20,8 @@ def sizes(free=100 * GB, profiled=None, top=None, keys=0.0, **settings):
         profiled_tokens=profiled,
         max_total_tokens=top,
         key_bytes=keys,
+        staging_bytes=staged,
+        context=context,
     )
 
 
@@ -63,13 +65,24 @@ def test_gate_keys_of_the_host_store_take_their_part_of_the_device():
     """Of 100,000 tokens that fit, the keys of 4,000,000 at a hundredth of a token each leave 60,000."""
     got = sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100)
     assert got.host_tokens == 4_000_000 and got.device_tokens == 60_000 // 64 * 64
-    assert "gate keys leave room for 59968" in got.reason
+    assert "gate keys and prefixes that are attended to leave room for 59968" in got.reason
     assert sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100, device_tokens=6400).device_tokens == 6400
     with pytest.raises(ValueError, match="--rheoserve-device-tokens is 64000, but only 60000 tokens fit beside the we"):
         sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100, device_tokens=64_000)
     with pytest.raises(ValueError, match="no room for KV: the host store would hold 4000000 tokens and the device 0"):
         sizes(profiled=30_000, host_size=40.0, keys=TOKEN / 100)
     assert sizes(profiled=None, host_size=40.0, keys=TOKEN).device_tokens == sizes(host_size=40.0).device_tokens
+
+
+def test_prefixes_that_a_prefill_attends_to_take_their_part_of_the_device():
+    """Of 100,000 tokens that fit, one of 30,000 at a twentieth of a token each leaves 98,500; none is longer than the
+    host store."""
+    staged = {"profiled": 100_000, "staged": TOKEN // 20}
+    assert sizes(**staged, context=30_000).device_tokens == 98_500 // 64 * 64
+    assert sizes(**staged, context=10**7, host_size=1.92).device_tokens == 90_400 // 64 * 64
+    with pytest.raises(ValueError, match="only 98500 tokens fit beside .* two layers of a prefix of 30000 tokens"):
+        sizes(**staged, context=30_000, device_tokens=99_008)
+    assert sizes(**staged, context=30_000, device_tokens=98_432).device_tokens == 98_432
 
 
 @pytest.mark.parametrize("selector", ["quest", "mean"])

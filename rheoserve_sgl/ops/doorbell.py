@@ -19,8 +19,9 @@ class Exchange:
     visit: the lists of blocks in the host store
     out, lse: `[batch, kv_heads, group, head_dim]`, `[batch, kv_heads, group]` float32, the answer
     batch: `[1]` int32, how many of the rows are in use
-    bell: `[3, 8]` int64: the first of each row is the number of the last request, of the last answer, and of the
-        first request that failed
+    bell: `[4, 8]` int64: the first of each row is the number of the last request, of the last answer, of the first
+        request that failed, and of the last request before the step that has begun; until one has, no thread polls for
+        what is expected. (The largest number, as made: there are no steps.)
     """
 
     q: torch.Tensor
@@ -38,13 +39,15 @@ class Exchange:
         pairs = (batch, kv_heads)
         lists = (zeros(*pairs, max_list, dtype=torch.int32), *(zeros(*pairs, dtype=torch.int32) for _ in range(2)))
         lists[2].fill_(PAGE_TOKENS)  # legal, whatever is asked first
+        bell = zeros(extension().BELL_BYTES // 8, dtype=torch.int64).view(4, -1)
+        bell[3] = torch.iinfo(torch.int64).max
         return cls(
             q=zeros(*pairs, group, head_dim, dtype=torch.float32),
             visit=Visit(*lists),
             out=zeros(*pairs, group, head_dim, dtype=torch.float32),
             lse=zeros(*pairs, group, dtype=torch.float32),
             batch=zeros(1, dtype=torch.int32),
-            bell=zeros(extension().BELL_BYTES // 8, dtype=torch.int64).view(3, -1),
+            bell=bell,
         )
 
 
@@ -67,7 +70,7 @@ class Doorbell:
         self._threads = extension().Doorbell(
             arguments,
             address(exchange.batch, torch.int32, (1,), "exchange.batch"),
-            address(exchange.bell, torch.int64, (3, extension().BELL_STRIDE // 8), "exchange.bell"),
+            address(exchange.bell, torch.int64, (4, extension().BELL_STRIDE // 8), "exchange.bell"),
             threads,
             cpu_variant(),
             list(cpus),

@@ -17,7 +17,7 @@ from rheoserve_sgl.gate.checkpoint import read_gate, take_heads
 from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.processors import usable_threads
 from rheoserve_sgl.refusals import model_shape
-from rheoserve_sgl.runtime.memory import free_host_bytes, key_bytes, size_tiers
+from rheoserve_sgl.runtime.memory import free_host_bytes, key_bytes, size_tiers, staging_bytes
 from rheoserve_sgl.runtime.ranks import smallest
 from rheoserve_sgl.server_args import selects_rheoserve
 
@@ -42,6 +42,8 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
         profiled_tokens=None if on_cpu else resolved.max_total_num_tokens,
         max_total_tokens=get_schedule().max_total_tokens,
         key_bytes=key_bytes(layers, heads, head_dim, itemsize),
+        staging_bytes=staging_bytes(heads, head_dim, itemsize),
+        context=configurator.model_config.context_len,
     )
     logger.info("RheoServe sizes: %s", sizes.reason)
     resolved.max_total_num_tokens = sizes.host_tokens

@@ -36,6 +36,11 @@ def key_bytes(layers: int, heads: int, head_dim: int, itemsize: int) -> float:
     return layers * heads / PAGE_TOKENS * (2 * head_dim * itemsize + TABLES)
 
 
+def staging_bytes(heads: int, head_dim: int, itemsize: int) -> int:
+    """What the device holds for each token of a prefix that a prefill attends to: keys and values of two layers."""
+    return 2 * 2 * heads * head_dim * itemsize
+
+
 def free_host_bytes() -> int:
     """Memory that can be allocated: what the system has available, cut by the limits of its cgroups."""
     return max(min(psutil.virtual_memory().available, cgroup_room()), 0)
@@ -66,6 +71,8 @@ def size_tiers(
     profiled_tokens: int | None,
     max_total_tokens: int | None = None,
     key_bytes: float = 0.0,
+    staging_bytes: int = 0,
+    context: int = 0,
 ) -> Sizes:
     """Decide the capacities of both tiers for one rank.
 
@@ -75,6 +82,8 @@ def size_tiers(
         profiled_tokens: what fits on the device by SGLang's profiling; None where frames are in host memory
         max_total_tokens: `--max-total-tokens`, an upper bound on the host store
         key_bytes: on the device for each token of the host store; see the function of that name
+        staging_bytes: on the device for each token of the longest prefix; see the function of that name
+        context: tokens of the longest request
 
     Raises:
         ValueError: a host store, or frames, that memory cannot hold, with the numbers
@@ -119,14 +128,16 @@ def size_tiers(
             f"bytes), but {free_bytes / GB:.2f} GB of host memory are free and {beside / GB:.2f} GB of it go to "
             f"frames; legal: at most {max(most, 0) * token_bytes / GB:.2f} GB"
         )
-    if not on_cpu and device > (room := profiled_tokens - math.ceil(host * key_bytes / token_bytes)):
+    others = host * key_bytes + min(host, context) * staging_bytes
+    if not on_cpu and device > (room := profiled_tokens - math.ceil(others / token_bytes)):
         if config.device_tokens is not None:
             raise ValueError(
-                f"--rheoserve-device-tokens is {device}, but only {max(room, 0)} tokens fit beside the weights and the "
-                f"gate's keys of {host} tokens in host memory; lower one of them, or raise --mem-fraction-static"
+                f"--rheoserve-device-tokens is {device}, but only {max(room, 0)} tokens fit beside the weights, the "
+                f"gate's keys of {host} tokens in host memory, and two layers of a prefix of {min(host, context)} "
+                "tokens; lower one of them or --context-length, or raise --mem-fraction-static"
             )
         device = max(room, 0) // PAGE_TOKENS * PAGE_TOKENS
-        reason += f"; gate keys leave room for {device} on the device"
+        reason += f"; gate keys and prefixes that are attended to leave room for {device} on the device"
     if host < PAGE_TOKENS or device < PAGE_TOKENS:
         raise ValueError(
             f"no room for KV: the host store would hold {host} tokens and the device {device}; "

@@ -75,6 +75,7 @@ class Asker:
         seconds: how long to wait for an answer
         layers: questions of a step
 
+    begun: `[1]` int64 in pinned memory, gets counter as a step begins, for the CPU's threads to wake up
     counter: `[1]` int64, number of the last question
     asks: `[1]` int64, programs of a plan that have ended, and from bit 32 on those that ask
     rung: `[1]` int64, the last question's number, 0 if it asks nothing
@@ -87,7 +88,7 @@ class Asker:
     def __init__(self, exchange: Exchange, seconds: float, layers: int):
         if not exchange.bell.is_pinned():
             raise ValueError("the exchange is not in pinned memory")
-        self.asked, self.answered = exchange.bell[0], exchange.bell[1]
+        self.asked, self.answered, self.begun = exchange.bell[0], exchange.bell[1], exchange.bell[3, :1]
         self.limit, self.layers = int(seconds * 1e9), layers
         self.counter = exchange.bell[1, :1].clone().cuda()  # on from the last answer
         self.asks, self.rung = torch.zeros((2, 1), dtype=torch.int64, device="cuda")

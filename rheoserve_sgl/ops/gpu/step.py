@@ -80,6 +80,8 @@ class GpuStep:
         self.weight.fill_(weight)
         self._rows.fill_(rows)
         self.exchange.batch.copy_(self._rows, non_blocking=True)
+        if self.asker is not None:
+            self.asker.begun.copy_(self.asker.counter, non_blocking=True)
 
     def layer(self, index: int, q, k, v, loc, scale: float, tapped=None) -> torch.Tensor:
         """One layer's attention for the new tokens: `[batch, q_heads * head_dim]` in the dtype of q.
