@@ -13,7 +13,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-FIRST, ALWAYS = "_snapshot", "_attend_split"
+FIRST, LISTED, ALWAYS = "_snapshot", "_list", "_attend_split"
 PARTS = {
     "score and plan": r"^_(score|queries|keys|plan|begin|disturb)$",
     "synthetic gate": r"^_(draw|replay)$",  # the benchmark's own
@@ -59,15 +59,16 @@ def split_step(kernels: list[dict]) -> dict:
     whole = beside = 0.0
     for start, stop in steps:
         whole += stop - start
-        latest, front = start, FIRST
+        latest, front, listed = start, FIRST, False
         for kernel in (kernel for kernel in kernels if start <= kernel["at"] < stop):
             if kernel["stream"] != own:
                 beside += kernel["took"]
                 continue
             # One that starts before the one in front has ended waits for it: that time is the other's. But attention
-            # over what is resident begins at once, beside the plan.
+            # over what is resident begins at once, beside the plan, where its lists are made before.
             end = min(kernel["at"] + kernel["took"], stop)
-            if kernel["name"] == ALWAYS and kernel["at"] < latest:
+            listed |= kernel["name"] == LISTED
+            if listed and kernel["name"] == ALWAYS and kernel["at"] < latest:
                 took[part_of(front)] -= latest - kernel["at"]
                 latest = kernel["at"]
             took[part_of(kernel["name"])] += max(end - max(kernel["at"], latest), 0)

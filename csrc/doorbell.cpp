@@ -54,7 +54,10 @@ bool Doorbell::awaits_request() const {
   return bell_->asked.load(std::memory_order_acquire) <= bell_->answered.load(std::memory_order_relaxed);
 }
 
-bool Doorbell::has_begun(uint64_t answered) const { return bell_->begun.load(std::memory_order_acquire) >= answered; }
+// Requests of the step that began last are up to as many as there are attentions after `begun`.
+bool Doorbell::has_begun(uint64_t answered) const {
+  return bell_->begun.load(std::memory_order_acquire) + attentions_.size() > answered;
+}
 
 void Doorbell::serve() {
   while (!stop_.load()) {

@@ -19,7 +19,7 @@ namespace rheo {
 // nothing to visit need not be waited for: what is written meanwhile is read again for the next one. A request that fails
 // is answered too; `failed` is the number of the first. Requests are expected long before they come where other work is
 // in front of the step that asks: whoever asks may write to `begun`, as a step begins, the number of the last request
-// before it. Until then the threads sleep. (The largest number: all have begun.)
+// before it. Until then the threads sleep. (INT64_MAX: all have begun.)
 struct Bell {
   alignas(64) std::atomic<uint64_t> asked;
   alignas(64) std::atomic<uint64_t> answered;

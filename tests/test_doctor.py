@@ -127,4 +127,4 @@ def test_a_gpu_is_looked_at():
     assert torch.cuda.get_device_name(0) in found["GPU"].found and "GB/s" in found["PCIe"].found
     found = {finding.name: finding for finding in operators.look_at_operators()}
     assert {finding.state for finding in found.values()} == {"ok"}, found
-    assert sum(name.endswith(", GPU") for name in found) == 10
+    assert sum(name.endswith(", GPU") for name in found) == 11

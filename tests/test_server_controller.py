@@ -176,9 +176,10 @@ def decoding(server, prompt: list[int]):
         asking.join(60)
 
 
-def test_penalties_are_kept_while_some_decode_and_others_wait(checkpoints, tmp_path):
-    """Without overlap: with it, SGLang's own penalties depend on when a step's tokens come to be known."""
-    prompts, exact = random_prompts(66, LENGTHS), ["--disable-overlap-schedule"]
+def test_penalties_are_kept_while_some_decode_and_others_wait(server, dense):
+    """As of a request that is alone: of several, SGLang's own count other tokens where a prefill comes between."""
+    server.flush()
+    prompts = random_prompts(66, LENGTHS)
     kinds = [
         {"frequency_penalty": 1.5},
         {"presence_penalty": 1.0},
@@ -188,16 +189,13 @@ def test_penalties_are_kept_while_some_decode_and_others_wait(checkpoints, tmp_p
         {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
     ]
     plain = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
-    body = {"input_ids": prompts, "sampling_params": [plain | kinds[i % len(kinds)] for i in range(len(prompts))]}
-    with Server(
-        checkpoints.path(), ["--attention-backend", "torch_native", "--page-size", "64", *exact], tmp_path / "dense.log"
-    ) as dense:
-        expected = [answer["output_ids"] for answer in dense.post("/generate", body).json()]
-        without = dense.tokens(prompts[:3], 60)
-    assert all(answer != other for answer, other in zip(expected, without, strict=False))  # penalties tell
-    with rheo_server(checkpoints.path(), [*FLAGS, *exact], tmp_path, STRICT) as server, Watch(server) as seen:
-        answers = [answer["output_ids"] for answer in server.post("/generate", body).json()]
-    assert answers == expected
+    asked = [plain | kinds[i % len(kinds)] for i in range(len(prompts))]
+    bodies = [{"input_ids": prompt, "sampling_params": one} for prompt, one in zip(prompts, asked, strict=True)]
+    expected = [dense.post("/generate", body).json()["output_ids"] for body in bodies]
+    assert all(answer != other for answer, other in zip(expected, dense.tokens(prompts[:3], 60), strict=False))
+    with Watch(server) as seen:
+        reply = server.post("/generate", {"input_ids": prompts, "sampling_params": asked})
+    assert [answer["output_ids"] for answer in reply.json()] == expected
     assert max(now["waiting"] for now in seen) >= 2
 
 

@@ -34,14 +34,16 @@ def test_steps_are_whole_and_parts_add_up(tmp_path):
     assert split["kernels"]["score and plan"] == 2
 
 
-def test_a_kernel_that_starts_early_waits_in_the_time_of_the_one_in_front():
-    """But attention works beside the plan."""
-    names = ("_snapshot", "_score", "_plan", "_attend_split", "_merge")
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_kernel_that_starts_early_waits_in_the_time_of_the_one_in_front(listed):
+    """But attention works beside the plan, where its lists were made before."""
+    names = ("_snapshot", "_list" if listed else "_append", "_plan", "_attend_split", "_merge")
     kernels = [{"name": name, "stream": 7, "at": 10 * n, "took": 18} for n, name in enumerate(names)]
     kernels += [{"name": "_snapshot", "stream": 7, "at": 60, "took": 5}]
     split = split_step(kernels)
-    assert split["append"] == 0.018 and split["score and plan"] == 0.012  # 18 to 28, and until 30
-    assert split["resident"] == 0.018 and split["merge and wait"] == 0.01
+    assert split["append"] == 0.028 and split["merge and wait"] == 0.01
+    # The plan is alone from 28 on, until attention starts or, if that waits for it, to its end at 38.
+    assert (split["score and plan"], split["resident"]) == ((0.002, 0.018) if listed else (0.01, 0.01))
     assert split["between kernels"] == 0.002 and split["step"] == 0.06
 
 

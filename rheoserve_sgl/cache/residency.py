@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 FREE, RESERVED = -1, -2  # in owner
-# In frame_of, as good as -1 to all but a swap and a GPU's plan: a block on its way, and, from ARRIVING downwards, one
+# In frame_of, as good as -1 to all but a swap and a GPU's lists: a block on its way, and, from ARRIVING downwards, one
 # on its way into frame ARRIVING - frame_of.
 ON_ITS_WAY, ARRIVING = -2, -3
 

@@ -1,7 +1,7 @@
 """Where blocks move beside the forward pass: a stream of its own, in two phases.
 
 Frames are reserved before, and the table learns of the blocks after, both in the forward stream. In between nobody
-writes what is copied, and a step reads what a swap has brought to its layer so far (`pool.arrived`). A page that is
+writes what is copied, and a step reads what a swap has brought to a layer so far (`pool.arrived`). A page that is
 dropped meanwhile is not admitted (Residency.admit).
 """
 

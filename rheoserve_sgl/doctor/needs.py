@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.runtime.memory import GB, free_host_bytes, key_bytes
+from rheoserve_sgl.runtime.memory import GB, free_host_bytes, key_bytes, staging_bytes
 
 DEVICE_SHARE = 0.85  # of the GPU's free memory for weights and frames; SGLang measures it when it starts
 MARGIN = 1.02  # for pages that are not full, and those of the step to come
@@ -34,20 +34,26 @@ class Needs:
     token_bytes: K and V of a token over all layers
     key_bytes: of the gate's keys and the tables on the device, for each token of the host store
     weights: of the model
+    staging_bytes: of two layers that a prefill attends to, for each token of the longest prefix
     heads: its head dim, KV heads, query heads to each, and the dtype of K and V
     """
 
     token_bytes: int
     key_bytes: float
     weights: int
+    staging_bytes: int = 0
     heads: tuple[int, int, int, torch.dtype] = (128, 8, 4, torch.bfloat16)
 
     def host(self, load: Load) -> int:
         return load.tokens * self.token_bytes
 
+    def beside(self, load: Load) -> float:
+        """What the device holds beside weights and frames."""
+        return load.tokens * self.key_bytes + load.context * self.staging_bytes
+
     def frames(self, load: Load, device: int) -> int:
         """Tokens that the frames hold beside the weights, at most those of the load."""
-        room = device * DEVICE_SHARE - self.weights - load.tokens * self.key_bytes
+        room = device * DEVICE_SHARE - self.weights - self.beside(load)
         return min(max(int(room / self.token_bytes), 0) // PAGE_TOKENS * PAGE_TOKENS, load.tokens)
 
 
@@ -74,6 +80,7 @@ def needs_of(model: Path, tp_size: int) -> Needs:
         token_bytes=2 * layers * heads * dim * itemsize,
         key_bytes=key_bytes(layers, heads, dim, itemsize),
         weights=sum(file.stat().st_size for file in files) // tp_size,
+        staging_bytes=staging_bytes(heads, dim, itemsize) if itemsize == 2 else 0,
         heads=(dim, heads, max(config.num_attention_heads // tp_size // heads, 1), config.dtype),
     )
 
@@ -96,12 +103,12 @@ def advise(load: Load, needs: Needs, host: int, device: int | None, command: lis
     fits = wanted + beside <= host
     lines.append(f"{'' if fits else 'does not fit: '}host memory holds {most} such requests at once")
     if device is not None:
-        keys, frames = load.tokens * needs.key_bytes, needs.frames(load, device)
+        beside, frames = needs.beside(load), needs.frames(load, device)
         share = frames / load.tokens
         lines.append(
-            f"device: {device / GB:.2f} GB free; {needs.weights / GB:.2f} GB for weights, {keys / GB:.2f} GB for the "
-            f"gate's keys, and in what is left frames for about {frames:,} tokens, {share:.0%} of all (all of them: "
-            f"{wanted / GB:.2f} GB)"
+            f"device: {device / GB:.2f} GB free; {needs.weights / GB:.2f} GB for weights, {beside / GB:.2f} GB for the "
+            f"gate's keys and a prefill's prefix, and in what is left frames for about {frames:,} tokens, {share:.0%} "
+            f"of all (all of them: {wanted / GB:.2f} GB)"
         )
         if frames < PAGE_TOKENS:
             lines.append("does not fit: no room for frames beside the weights")

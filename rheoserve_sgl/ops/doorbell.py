@@ -20,8 +20,8 @@ class Exchange:
     out, lse: `[batch, kv_heads, group, head_dim]`, `[batch, kv_heads, group]` float32, the answer
     batch: `[1]` int32, how many of the rows are in use
     bell: `[4, 8]` int64: the first of each row is the number of the last request, of the last answer, of the first
-        request that failed, and of the last request before the step that has begun; until one has, no thread polls for
-        what is expected. (The largest number, as made: there are no steps.)
+        request that failed, and of the last request before the step (one for each layer) that began last. No thread
+        polls for what a later step will ask. (The largest number, as made: all have begun.)
     """
 
     q: torch.Tensor

@@ -192,9 +192,9 @@ class Controller:
         if self.admission is not None:
             rows, coming = self._choose(batch, known)
         if len(rows) == len(known):
-            self.slots.prepare_whole(batch)
+            self.slots.prepare_whole(batch, self.scheduler.last_batch)
         else:
-            self.slots.prepare(batch, rows)
+            self.slots.prepare(batch, rows, self.scheduler.last_batch)
         self._mark(batch.reqs, known, rows)
         self.pace.stepped(self._predict(batch.reqs, rows) if self.pace.learns else 0.0)
         self._expect([batch.reqs[row] for row in coming])

@@ -134,10 +134,17 @@ def size_tiers(
             raise ValueError(
                 f"--rheoserve-device-tokens is {device}, but only {max(room, 0)} tokens fit beside the weights, the "
                 f"gate's keys of {host} tokens in host memory, and two layers of a prefix of {min(host, context)} "
-                "tokens; lower one of them or --context-length, or raise --mem-fraction-static"
+                "tokens; lower it, --rheoserve-host-size or --context-length, or raise --mem-fraction-static"
             )
         device = max(room, 0) // PAGE_TOKENS * PAGE_TOKENS
         reason += f"; gate keys and prefixes that are attended to leave room for {device} on the device"
+        if device < PAGE_TOKENS:
+            raise ValueError(
+                f"no room for KV on the device: {profiled_tokens} tokens fit beside the weights, and "
+                f"{others / GB:.2f} GB go to the gate's keys of {host} tokens in host memory and to two layers of a "
+                f"prefix of {min(host, context)} tokens; lower --rheoserve-host-size or --context-length, or raise "
+                "--mem-fraction-static"
+            )
     if host < PAGE_TOKENS or device < PAGE_TOKENS:
         raise ValueError(
             f"no room for KV: the host store would hold {host} tokens and the device {device}; "

@@ -8,6 +8,15 @@ from copy import copy
 
 import torch
 
+from rheoserve_sgl.runtime.writes import to_device
+
+# What a step changes of BatchedFrequencyPenalizer, BatchedPresencePenalizer, BatchedRepetitionPenalizer and
+# BatchedMinNewTokensPenalizer; the rest is as the requests asked.
+CHANGES = (
+    *("cumulated_frequency_penalties", "cumulated_presence_penalties", "cumulated_repetition_penalties"),
+    "len_output_tokens",
+)
+
 
 def part_of(orchestrator, batch):
     """An orchestrator for a batch that was copied from the whole one, and is about to lose rows: it has the same
@@ -21,16 +30,32 @@ def part_of(orchestrator, batch):
     return own
 
 
+def cumulate(batch, launched):
+    """In place of `ScheduleBatch.cumulate_penalty_output_tokens`, where steps overlap with the scheduler.
+
+    A step is prepared before the tokens of the one in flight are known, so penalties count them one step late. SGLang
+    counts what is known: for a request that was not in what was launched last, since it waited or a prefill came
+    between, one token is passed over and the next one counted twice. Here each is counted once, one step late.
+
+    Args:
+        launched: ScheduleBatch, the last one; None: nothing is in flight
+    """
+    decoding = launched is not None and launched.forward_mode.is_decode()
+    ahead = {id(request) for request in launched.reqs} if decoding else set()
+    tokens = []
+    for request in batch.reqs:
+        known = [request.origin_input_ids[-1], *request.output_ids[-2:]]
+        tokens.append(known[-1] if id(request) in ahead or len(known) == 1 else known[-2])
+    own = batch.sampling_info.penalizer_orchestrator
+    own.cumulate_output_tokens(to_device(torch.tensor(tokens), torch.device(batch.device)))
+
+
 def write_back(own, orchestrator, rows: list[int]):
     """Put what a part's penalties have become into the whole ones, of which it has these rows."""
     if not own.is_required:
         return
-    index = torch.tensor(rows, device=orchestrator.device)
+    index = to_device(torch.tensor(rows), torch.device(orchestrator.device))
     for kind, penalizer in own.penalizers.items():
-        if penalizer.is_prepared():
-            for name, tensor in tensors_of(penalizer):
-                getattr(orchestrator.penalizers[kind], name)[index] = tensor
-
-
-def tensors_of(penalizer) -> list[tuple[str, torch.Tensor]]:
-    return [(name, value) for name, value in vars(penalizer).items() if isinstance(value, torch.Tensor)]
+        for name in CHANGES:
+            if hasattr(penalizer, name):
+                getattr(orchestrator.penalizers[kind], name)[index] = getattr(penalizer, name)

@@ -2,14 +2,14 @@
 
 The running batch stays whole, so that SGLang's own accounting (memory, retraction, aborts, load reports) sees every
 request that was prefilled. A step runs a batch over some of its rows; the other rows wait, with their KV in the host
-store. Nothing is copied when a request joins or leaves the part, but for some numbers a request.
+store. Nothing is copied when a request joins or leaves the part, but for some numbers a request, and penalties.
 """
 
 from copy import copy
 
 import torch
 
-from rheoserve_sgl.runtime.penalties import part_of, write_back
+from rheoserve_sgl.runtime.penalties import cumulate, part_of, write_back
 
 
 class Slots:
@@ -25,12 +25,12 @@ class Slots:
         self._rows: list[int] = []  # of it, likewise
         self._steps: tuple[torch.Tensor, ...] = ()
 
-    def prepare_whole(self, batch):
-        """All requests of the running batch decode."""
+    def prepare_whole(self, batch, launched):
+        """All requests of the running batch decode; launched: see `cumulate`."""
         self.part = self._ready = None
-        type(batch).prepare_for_decode(batch)
+        prepare_for_decode(batch, launched)
 
-    def prepare(self, batch, rows: list[int]):
+    def prepare(self, batch, rows: list[int], launched):
         """These rows of the running batch, in ascending order, decode: `prepare_for_decode`, for them alone."""
         chosen = [batch.reqs[row] for row in rows]
         part = self.part
@@ -38,7 +38,7 @@ class Slots:
             part.filter_batch()  # finished requests leave it as they left the running batch
         if part is None or part.reqs != chosen or not same_rows(part, batch, rows):
             part = self.part = cut(batch, rows)
-        type(part).prepare_for_decode(part)
+        prepare_for_decode(part, launched)
         write_back(part.sampling_info.penalizer_orchestrator, batch.sampling_info.penalizer_orchestrator, rows)
         self._ready = part
         batch.forward_mode = part.forward_mode
@@ -63,6 +63,14 @@ class Slots:
         batch.seq_lens_cpu = batch.seq_lens_cpu + step.to(batch.seq_lens_cpu.dtype)
         batch.seq_lens_sum = None
         batch.out_cache_loc = None
+
+
+def prepare_for_decode(batch, launched):
+    """SGLang's own, with the tokens that penalties count; launched: see `cumulate`."""
+    if batch.enable_overlap:
+        batch.cumulate_penalty_output_tokens = lambda: cumulate(batch, launched)
+    type(batch).prepare_for_decode(batch)
+    vars(batch).pop("cumulate_penalty_output_tokens", None)
 
 
 def same_rows(part, batch, rows: list[int]) -> bool:

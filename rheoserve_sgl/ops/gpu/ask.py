@@ -52,8 +52,8 @@ def nanoseconds(address):
 
 @triton.jit
 def ring(asks_too, counter, asks, rung, bell, layers):
-    """Called by each program of a plan, last of all: that which ends last numbers the question, and rings if any of
-    them asks, or a step ends.
+    """Called once by each program of a plan, which writes nothing that the CPU reads after it: the last to call numbers
+    the question, and rings if any of them asks, or a step ends.
     """
     tl.debug_barrier()  # what other threads of this program wrote is released with its count
     before = tl.atomic_add(asks, tl.where(asks_too, (1 << 32) + 1, 1).to(tl.int64), sem="acq_rel")
@@ -77,7 +77,7 @@ class Asker:
 
     begun: `[1]` int64 in pinned memory, gets counter as a step begins, for the CPU's threads to wake up
     counter: `[1]` int64, number of the last question
-    asks: `[1]` int64, programs of a plan that have ended, and from bit 32 on those that ask
+    asks: `[1]` int64, programs of a plan that have called `ring`, and from bit 32 on those that ask
     rung: `[1]` int64, the last question's number, 0 if it asks nothing
     seen: `[1]` int64, number of the last question that was waited for
     lost: `[1]` int64, number of the first question that was not answered in time; 0: none
