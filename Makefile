@@ -37,7 +37,8 @@ bench: .venv/ready
 
 bench-gpu: .venv/ready
 	$(PY) benchmarks/bench_ops.py
-	$(PY) benchmarks/bench_decode.py $(ARGS)
+	$(PY) benchmarks/bench_decode.py --context 32768 --device-gb 12 $(ARGS)
+	$(PY) benchmarks/bench_decode.py --context 65536 --device-gb 24 --requests 10 --churn 0.05 0 0.15 $(ARGS)
 
 soak: .venv/ready
 	$(PY) -m benchmarks.soak $(ARGS)
