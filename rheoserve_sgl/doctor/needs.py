@@ -80,7 +80,7 @@ def needs_of(model: Path, tp_size: int) -> Needs:
         token_bytes=2 * layers * heads * dim * itemsize,
         key_bytes=key_bytes(layers, heads, dim, itemsize),
         weights=sum(file.stat().st_size for file in files) // tp_size,
-        staging_bytes=staging_bytes(heads, dim, itemsize) if itemsize == 2 else 0,
+        staging_bytes=staging_bytes(heads, dim, itemsize),
         heads=(dim, heads, max(config.num_attention_heads // tp_size // heads, 1), config.dtype),
     )
 

@@ -42,7 +42,7 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
         profiled_tokens=None if on_cpu else resolved.max_total_num_tokens,
         max_total_tokens=get_schedule().max_total_tokens,
         key_bytes=key_bytes(layers, heads, head_dim, itemsize),
-        staging_bytes=staging_bytes(heads, head_dim, itemsize) if itemsize == 2 else 0,  # see RheoBackend._lanes
+        staging_bytes=staging_bytes(heads, head_dim, itemsize),
         context=configurator.model_config.context_len,
     )
     logger.info("RheoServe sizes: %s", sizes.reason)

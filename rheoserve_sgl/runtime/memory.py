@@ -37,8 +37,9 @@ def key_bytes(layers: int, heads: int, head_dim: int, itemsize: int) -> float:
 
 
 def staging_bytes(heads: int, head_dim: int, itemsize: int) -> int:
-    """What the device holds for each token of a prefix that a prefill attends to: keys and values of two layers."""
-    return 2 * 2 * heads * head_dim * itemsize
+    """What the device holds for each token of a prefix that a prefill attends to: keys and values of two layers, if of
+    16 bits (see RheoAttnBackend._lanes)."""
+    return 2 * 2 * heads * head_dim * itemsize if itemsize == 2 else 0
 
 
 def free_host_bytes() -> int:

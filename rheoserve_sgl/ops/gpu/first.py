@@ -12,7 +12,7 @@ from rheoserve_sgl.ops.gpu.plan import scores
 from rheoserve_sgl.ops.gpu.score import PAGES
 from rheoserve_sgl.ops.gpu.snapshot import snapshot
 from rheoserve_sgl.ops.gpu.step import GpuStep
-from rheoserve_sgl.ops.gpu.tables import Scratch, Tables
+from rheoserve_sgl.ops.gpu.tables import Scratch, Tables, warps_of, width_of
 
 
 @triton.jit(do_not_specialize=["weight"])
@@ -40,12 +40,12 @@ def add_scores(scratch: Scratch, tables: Tables, importance: torch.Tensor, weigh
     """
     rows, max_pages = tables.pages.shape
     kv_heads, heads = scratch.logits.shape[1:3]
-    tiles, width = scratch.tile_max.shape[-1], max(triton.next_power_of_2(max_pages), 16)
+    tiles, width = scratch.tile_max.shape[-1], width_of(max_pages)
     _first[(rows * kv_heads,)](
         scratch.logits, scratch.tile_max, scratch.tile_sum, tables.pages, tables.n_pages, importance, float(weight),
         kv_heads, heads, max_pages, tiles,
         TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES, HEADS=triton.next_power_of_2(heads), NP=width,
-        num_warps=min(max(width // 256, 4), 16),
+        num_warps=warps_of(width),
     )  # fmt: skip
 
 

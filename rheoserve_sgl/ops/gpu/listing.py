@@ -14,7 +14,7 @@ from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.early import early, start
 from rheoserve_sgl.ops.gpu.move import BESIDE
-from rheoserve_sgl.ops.gpu.tables import Tables
+from rheoserve_sgl.ops.gpu.tables import Tables, warps_of, width_of
 from rheoserve_sgl.ops.plan import Visit
 
 
@@ -117,13 +117,3 @@ def list_gpu(listing: Listing):
         NP=width, TOKENS=PAGE_TOKENS, ARRIVING=ARRIVING, COPIERS=listing.copiers,
         num_warps=warps_of(width), **early(frame_of.device),
     )  # fmt: skip
-
-
-def width_of(max_pages: int) -> int:
-    """Pages of a program, a power of two."""
-    return max(triton.next_power_of_2(max_pages), 16)
-
-
-def warps_of(width: int) -> int:
-    """Warps of a program over so many pages."""
-    return min(max(width // 256, 4), 16)

@@ -12,17 +12,10 @@ from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import ring
 from rheoserve_sgl.ops.gpu.early import early, start
-from rheoserve_sgl.ops.gpu.listing import (
-    Listing,
-    blocks_of,
-    length_of_last,
-    list_resident,
-    warps_of,
-    width_of,
-    with_arrived,
-)
+from rheoserve_sgl.ops.gpu.listing import Listing, blocks_of, length_of_last, list_resident, with_arrived
 from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.score import PAGES
+from rheoserve_sgl.ops.gpu.tables import warps_of, width_of
 from rheoserve_sgl.ops.plan import Rule, Select
 
 QUERIES = 16  # query heads to a KV head, at most

@@ -94,13 +94,14 @@ class GpuStep:
         pool, rule = self.pool, self.rules[index]
         batch = len(q)
         _, kv_heads, group, dim = self.exchange.q.shape
-        tables, visit = self.tables.rows(batch), rows_of(self.resident[index % 2], batch)
-        frame_of, quick = pool.residency.frame_of[index], pool.quick.layers[index]
+        tables = self.tables.rows(batch)
+        own = self.listing(index, tables)
+        quick = pool.quick.layers[index]
         heads = q.contiguous().view(batch, kv_heads, group, dim)
         if self.beside and index == 0:
-            list_gpu(self.listing(0, tables))
+            list_gpu(own)
         append_gpu(
-            pool.host.layers[index], pool.frames.layers[index], frame_of, loc, k, v,
+            pool.host.layers[index], pool.frames.layers[index], own.frame_of, loc, k, v,
             quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
         )  # fmt: skip
         if pool.canary is not None:
@@ -109,18 +110,18 @@ class GpuStep:
             gate, keys = pool.gate, tapped.k.view(batch, kv_heads, dim)
             gate_keys_gpu(gate.layers[index], keys, tables, gate.running[index], quick, gate.rotate_last)
         scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
-        made = (None, self.seen[index % 2]) if self.beside else (visit, pool.arrived[index : index + 1])
+        visit, arrived = (None, own.seen) if self.beside else (own.visit, own.arrived)
         following = self.listing(index + 1, tables) if self.beside and index + 1 < len(self.rules) else None
         plan_gpu(
-            rule, heads, tables, scratch, frame_of, pool.importance[index], self.weight, self.budgets, self.exchange,
-            made[0], self.visited[:batch], self.totals, self.asker, made[1], following,
+            rule, heads, tables, scratch, own.frame_of, pool.importance[index], self.weight, self.budgets,
+            self.exchange, visit, self.visited[:batch], self.totals, self.asker, arrived, following,
         )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], visit, split, scale, self.beside)
+        attend_split(heads, pool.frames.layers[index], own.visit, split, scale, self.beside)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        merge_parts(visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
+        merge_parts(own.visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
         return out.view(batch, -1)
 
     def listing(self, index: int, tables: Tables) -> Listing:

@@ -13,6 +13,7 @@ import triton.language as tl
 from rheoserve_sgl.cache.residency import ARRIVING, ON_ITS_WAY, RESERVED, Moves
 from rheoserve_sgl.coordinator.exchange import HYSTERESIS, TINY
 from rheoserve_sgl.ops.gpu.plan import DIGITS, best, ordered
+from rheoserve_sgl.ops.gpu.tables import width_of
 
 OCTAVE = 1 << 23  # of what `ordered` returns
 SMALLER = 2.0**-9  # than what may arrive: from there importance is told apart by octaves
@@ -115,7 +116,7 @@ def swap_gpu(ranking, residency, importance, tables, most: int, least: float) ->
     newest = Moves.make(layers, pairs, residency.frames, device)
     others = Moves.make(layers, pairs * most, residency.frames, device)
     found = arrivals, victims, frames, counts, tails
-    width = max(triton.next_power_of_2(max_pages), 16)
+    width = width_of(max_pages)
     _pair[(layers, pairs)](
         importance, residency.frame_of, tables.pages, tables.n_pages, *found,
         all_pages * kv_heads, kv_heads, max_pages, ranking.sink_pages, ranking.window_pages, HYSTERESIS, most,

@@ -8,6 +8,16 @@ import triton
 from rheoserve_sgl.ops.gpu.score import PAGES
 
 
+def width_of(max_pages: int) -> int:
+    """Pages of a program, a power of two."""
+    return max(triton.next_power_of_2(max_pages), 16)
+
+
+def warps_of(width: int) -> int:
+    """Warps of a program over so many pages."""
+    return min(max(width // 256, 4), 16)
+
+
 @dataclass(frozen=True)
 class Tables:
     """The page table of a step; rows beyond the running requests are empty.
