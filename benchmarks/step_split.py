@@ -15,11 +15,11 @@ from pathlib import Path
 
 FIRST, LISTED, ALWAYS = "_snapshot", "_list", "_attend_split"
 PARTS = {
-    "score and plan": r"^_(score|queries|keys|plan|begin|disturb)$",
+    "score and plan": r"^_(score|queries|token|plan|begin|disturb)$",
     "synthetic gate": r"^_(draw|replay)$",  # the benchmark's own
     "resident": r"^_attend_split$",
     "merge and wait": r"^_merge$",
-    "append": r"^_(append|snapshot|list)$",
+    "append": r"^_(append|snapshot|tell|list)$",
     "swap": r"^_(pair|claim|fill)$",
     "weights": r"gemm|nvjet|cutlass|xmma|gemv|splitK",
 }

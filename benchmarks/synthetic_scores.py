@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.gpu.early import early, start
 from rheoserve_sgl.ops.gpu.score import PAGES
 
 SPREAD = 8.0  # of the logits
@@ -42,8 +43,9 @@ def _store(found, at, valid, pair, tile, logits, tile_max, tile_sum, heads, max_
 def _draw(
     pages, n_pages, tail_len, quiet, logits, tile_max, tile_sum, layer, churn_at, spread,
     kv_heads, heads, max_pages, tiles,
-    PAGES: tl.constexpr, TOKENS: tl.constexpr,
+    PAGES: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start(EARLY)
     pair, tile = tl.program_id(0), tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
@@ -64,8 +66,9 @@ def _draw(
 def _replay(
     bits, pages, n_pages, tail_len, quiet, logits, tile_max, tile_sum, layer, spread,
     steps, words, trace_layers, trace_heads, trace_pages, kv_heads, heads, max_pages, tiles,
-    PAGES: tl.constexpr, TOKENS: tl.constexpr,
+    PAGES: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start(EARLY)
     pair, tile = tl.program_id(0), tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
@@ -141,5 +144,6 @@ def launch(kernel, before: tuple, layer: int, after: tuple, sizes: tuple, tables
     kernel[(batch * kv_heads, tiles)](
         *before, tables.pages, tables.n_pages, tables.tail_len, tables.quiet,
         scratch.logits, scratch.tile_max, scratch.tile_sum, layer, *after, SPREAD, *sizes,
-        kv_heads, scratch.logits.shape[2], max_pages, tiles, PAGES=PAGES, TOKENS=PAGE_TOKENS,
+        kv_heads, scratch.logits.shape[2], max_pages, tiles,
+        PAGES=PAGES, TOKENS=PAGE_TOKENS, **early(tables.pages.device),
     )  # fmt: skip

@@ -14,11 +14,13 @@ from rheoserve_sgl.cache.pool import addresses
 from rheoserve_sgl.cache.residency import Moves, Residency
 from rheoserve_sgl.coordinator.swap import Ranking
 from rheoserve_sgl.gate.attn_gate import GateWeights
+from rheoserve_sgl.gate.base import Tapped
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu import (
     append,
     append_pages,
     attend,
+    begin,
     first,
     fold,
     gate,
@@ -60,7 +62,7 @@ class Bell:
     """What an Asker has."""
 
     layers, limit = LAYERS, 10**9
-    asked = answered = counter = asks = rung = seen = lost = report = waited = torch.zeros(1, dtype=torch.int64)
+    asked = answered = begun = counter = asks = rung = seen = lost = report = waited = torch.zeros(1, dtype=torch.int64)
 
 
 def compile_instead(launch):
@@ -79,17 +81,22 @@ def launch_all(dtype: torch.dtype, dim: int):
     frames, k = torch.zeros(7, 2, 64, dim, dtype=dtype), torch.zeros(*pairs, dim, dtype=dtype)
     frame_of, loc = torch.zeros(ALL_PAGES, KV_HEADS, dtype=torch.int32), torch.zeros(BATCH, dtype=torch.int64)
     importance, q = torch.zeros(ALL_PAGES, KV_HEADS), torch.zeros(*pairs, GROUP, dim)
-    for keys in append.KEYS:
-        append.append_gpu(host, frames, frame_of, loc, k, k, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), keys)
+    new = append.NewTokens(host, frames, frame_of, loc, k, k)
+    append.append_gpu(new)
     step = tables.Tables.make(BATCH, PAGES, "cpu")
     snapshot.snapshot(torch.zeros(SLOTS, PAGES * 64, dtype=torch.int32), loc, loc, 2, step)
+    begin.tell_step(
+        torch.zeros(SLOTS, dtype=torch.int32), step.requests, torch.zeros(BATCH, dtype=torch.int32), torch.ones(1),
+        Exchange.make(*pairs, GROUP, dim, PAGES, pin=False), 2, 1.0, Bell(),
+    )  # fmt: skip
     quiet.mark_quiet(torch.zeros(LAYERS, ALL_PAGES, KV_HEADS, dtype=torch.int32), step)
     scratch = tables.Scratch.make(*pairs, GROUP, PAGES, "cpu")
-    score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), step, scratch, 0.1, "range")
-    for keys in (torch.float32, torch.bfloat16):
-        score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), step, scratch, 0.1, "dot")
+    score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim), step, scratch, 0.1, "range", new)
+    for keys, appended in ((torch.float32, new), (torch.float32, None), (torch.bfloat16, None)):
+        score.score_tiles(q, torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), step, scratch, 0.1, "dot", appended)
     short = q.to(torch.bfloat16)  # tensor cores
-    score.score_tiles(short, torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim, dtype=short.dtype), step, scratch, 0.1, "range")
+    keys = torch.zeros(ALL_PAGES, KV_HEADS, 2 * dim, dtype=short.dtype)
+    score.score_tiles(short, keys, step, scratch, 0.1, "range", new)
     first.add_scores(scratch, step, importance, 2.0)
     exchange = Exchange.make(*pairs, GROUP, dim, PAGES, pin=False)
     visit = Visit(*(torch.zeros_like(tensor) for tensor in vars(exchange.visit).values()))
@@ -119,7 +126,7 @@ def launch_all(dtype: torch.dtype, dim: int):
     answer = (exchange.visit.count, exchange.out, exchange.lse)
     for asker in (None, Bell()):
         out, lse = torch.zeros_like(q, dtype=dtype), torch.zeros(*pairs, GROUP)
-        attend.merge_parts(visit, split, out, lse, answer, asker)
+        attend.merge_parts(visit, split, out, lse, answer, asker, asker is not None)
     matrices = torch.zeros(KV_HEADS, GROUP, dim, dim), torch.zeros(KV_HEADS, 3 * dim, dim)
     weights = GateWeights(*matrices, *torch.zeros(2, dim), torch.zeros(9, dim))
     gate.gate_queries_gpu(weights, q.to(dtype), loc, torch.zeros(*pairs, dim))
@@ -130,7 +137,10 @@ def launch_all(dtype: torch.dtype, dim: int):
         fold.pool_gpu(keys, k, writes, torch.zeros(ALL_PAGES, KV_HEADS, width))
     append_pages.append_pages_gpu(host, frames, frame_of, writes, k, k)
     for keys in (torch.float32, torch.bfloat16):
-        gate.gate_keys_gpu(weights, k, step, running, torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys))
+        gate.gate_token_gpu(
+            weights, new, Tapped(q.to(dtype), k, loc), step, running,
+            torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), torch.zeros(*pairs, dim),
+        )  # fmt: skip
 
 
 def main():

@@ -10,13 +10,14 @@ from test_attn_gate import make_weights
 
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.attn_gate import project_query
+from rheoserve_sgl.gate.base import Tapped
 from rheoserve_sgl.ops.append import append_torch
 from rheoserve_sgl.ops.attention import attend_torch
 from rheoserve_sgl.ops.attn_gate import gate_keys_torch
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu.append import append_gpu
+from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
-from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
+from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_token_gpu
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
 from rheoserve_sgl.ops.gpu.score import score_tiles
@@ -77,11 +78,15 @@ def test_append_equals_torch(dtype, dim):
     append_torch(*expected, frame_of, loc, k, v)
     if DEVICE == "cuda":
         host, frames, frame_of, loc, qkv = host.pin_memory(), *(t.cuda() for t in (frames, frame_of, loc, qkv))
-    append_gpu(host, frames, frame_of, loc, qkv[:, 3:6], qkv[:, 6:9])
+    append_gpu(NewTokens(host, frames, frame_of, loc, qkv[:, 3:6], qkv[:, 6:9]))
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     assert torch.equal(host, expected[0])
     assert torch.equal(frames.cpu()[:-1], expected[1][:-1])  # the last row is nobody's
+
+
+def moved_all(tensors):
+    return [tensor.to(DEVICE) for tensor in tensors]
 
 
 def make_batch(lens, slots=12, context=2048, pages=200):
@@ -304,8 +309,22 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling, dtype):
     theirs = running.clone(), quick.clone()
     gate_keys_torch(weights, keys, Writes.of_decode(batch), *theirs)
     mine = running.to(DEVICE), quick.to(DEVICE)
-    padded = torch.cat((keys, torch.full((2, 2, 32), torch.nan))).to(DEVICE)
-    gate_keys_gpu(moved(weights, DEVICE), padded, tables_of(table, where, lens), *mine)
+    nothing = torch.full((2, 2, 3, 32), torch.nan)  # padding
+    padded = (torch.cat((plain, nothing)), torch.cat((keys, nothing[:, :, 0])), torch.cat((positions, positions[:2])))
+    tapped = Tapped(*(part.flatten(1) if part.ndim > 1 else part for part in moved_all(padded)))
+    frame_of, loc = torch.full((100, 2), -1, dtype=torch.int32), torch.zeros(7, dtype=torch.int64)
+    loc[:5] = batch.newest * 64 + batch.tail_len - 1
+    frame_of[batch.newest[2], 1] = 0
+    tiers = [torch.zeros(shape, dtype=dtype) for shape in ((100, 2, 2, 64, 32), (2, 2, 64, 32))]
+    k, v = torch.randn(2, 7, 2, 32).to(dtype)
+    right = [tier.clone() for tier in tiers]
+    append_torch(*right, frame_of, loc, k, v)
+    host, (frames, *rest) = tiers[0], moved_all((tiers[1], frame_of, loc, k, v))
+    new = NewTokens(host.pin_memory() if DEVICE == "cuda" else host, frames, *rest)
+    asked = torch.zeros(7, 2, 32, device=DEVICE)
+    gate_token_gpu(moved(weights, DEVICE), new, tapped, tables_of(table, where, lens), *mine, asked)
+    torch.testing.assert_close(asked[:5].cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(new.host[1:], right[0][1:]) and torch.equal(frames[:1].cpu(), right[1][:1])
     rounding = 1e-4 if dtype == torch.float32 else 2**-7  # a last bit that the order of a sum decides
     torch.testing.assert_close(mine[1].cpu(), theirs[1], rtol=rounding, atol=1e-5)
     incomplete = where[[0, 3, 4]]
@@ -313,20 +332,40 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling, dtype):
 
 
 @pytest.mark.parametrize("keys", ["max_min", "mean"])
-def test_keys_of_a_page_that_fills_token_by_token(keys):
-    gate = make_gate("quest" if keys == "max_min" else "mean")
-    k = torch.randn(64, 1, 2, 64)
-    host, frames = torch.zeros(3, 2, 2, 64, 64), torch.zeros(1, 2, 64, 64, device=DEVICE)
+@pytest.mark.parametrize("quiet", [0, 1])
+def test_a_token_is_appended_before_its_page_is_scored(keys, quiet):
+    """Token by token, the last of 33 pages: the first of a tile, on which no other program waits."""
+    gate, heads, dim, at = make_gate("quest" if keys == "max_min" else "mean"), 2, 64, 32 * 64
+    k, v = torch.randn(2, 64, 1, heads, dim)
+    table, where, lens, _ = make_batch([at + 64], context=at + 64, pages=40)
+    newest = int(table[where[0], at]) // 64
+    host, expected = torch.zeros(2, 40, heads, 2, 64, dim)
     host = host.pin_memory() if DEVICE == "cuda" else host
-    frame_of = torch.full((3, 2), -1, dtype=torch.int32, device=DEVICE)
-    quick = torch.full((3, 2, gate.key_dim(64)), torch.nan, device=DEVICE)
+    frames, frame_of = torch.zeros(2, 2, 64, dim, device=DEVICE), torch.full((40, heads), -1, dtype=torch.int32)
+    frame_of[newest, 1] = 0
+    quick = torch.randn(40, heads, gate.key_dim(dim), device=DEVICE)
+    before, scratch = quick.clone(), Scratch.make(3, heads, 1, 40, DEVICE)
+    q = torch.randn(3, heads, 1, dim)
     for t in range(64):
-        loc, new = torch.tensor([128 + t], device=DEVICE), k[t].to(DEVICE)
-        append_gpu(host, frames, frame_of, loc, new, new, quick, keys)
+        tables = tables_of(table, where, torch.tensor([at + t + 1]), max_pages=40)
+        tables.quiet.fill_(quiet)
+        new = torch.zeros(2, 3, heads, dim, device=DEVICE)
+        new[:, 0] = torch.stack((k[t, 0], v[t, 0]))
+        loc = torch.tensor([newest * 64 + t, 0, 0], device=DEVICE)
+        tokens = NewTokens(host, frames, frame_of.to(DEVICE), loc, *new)
+        score_tiles(q.to(DEVICE), quick, tables, scratch, 0.125, "range" if keys == "max_min" else "dot", tokens)
         if t in (0, 20, 63):
             own = gate.pool(k[: t + 1, 0].transpose(0, 1)[None], torch.ones(1, 1, t + 1, 1, dtype=torch.bool))
-            torch.testing.assert_close(quick[2].cpu(), own[0], rtol=1e-5, atol=1e-6)
-    assert quick[:2].isnan().all()
+            torch.testing.assert_close(quick[newest].cpu(), own[0], rtol=1e-5, atol=1e-6)
+            if not quiet:
+                logits = (gate.query(q)[0, :, 0] * own[0]).sum(-1) * 0.125
+                torch.testing.assert_close(scratch.logits[0, :, 0, 32].cpu(), logits, rtol=1e-5, atol=1e-5)
+    expected[newest] = torch.stack((k[:, 0], v[:, 0])).permute(2, 0, 1, 3)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host, expected) and torch.equal(frames[0].cpu(), expected[newest, 1])
+    others = torch.arange(40) != newest
+    assert torch.equal(quick[others], before[others]) and not frames[1].any()
 
 
 def test_the_cpus_answer_is_merged_where_there_is_one():

@@ -105,10 +105,14 @@ class TwoTierKVPool(MHATokenToKVPool):
 
     def write(self, index: int, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Store tokens of layer `index`: loc `[tokens]` int64; k, v `[tokens, kv_heads, head_dim]`."""
-        write = append
+        frame_of = self.residency.frame_of[index]
+        arguments = self.host.layers[index], self.frames.layers[index], frame_of, loc, k, v
         if k.is_cuda:
-            from rheoserve_sgl.ops.gpu.append import append_gpu as write
-        write(self.host.layers[index], self.frames.layers[index], self.residency.frame_of[index], loc, k, v)
+            from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
+
+            append_gpu(NewTokens(*arguments))
+        else:
+            append(*arguments)
         if self.canary is not None:
             self.canary.wrote(index, loc, k, v)
 

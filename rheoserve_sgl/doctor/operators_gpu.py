@@ -97,7 +97,7 @@ def appending() -> tuple[float, float]:
     """New tokens into frames and into pinned memory, and blocks from there into other frames."""
     from rheoserve_sgl.cache.pool import addresses
     from rheoserve_sgl.cache.residency import Moves
-    from rheoserve_sgl.ops.gpu.append import append_gpu
+    from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
     from rheoserve_sgl.ops.gpu.move import fill_frames
 
     if not PINNED:
@@ -109,7 +109,7 @@ def appending() -> tuple[float, float]:
     k, v = torch.randn(2, 5, KV_HEADS, DIM).bfloat16()
     right, kept = torch.zeros_like(host), torch.zeros(FRAMES + 1, 2, 64, DIM, dtype=torch.bfloat16)
     frames = kept.cuda()
-    append_gpu(host, frames, frame_of.cuda(), loc.cuda(), k.cuda(), v.cuda())
+    append_gpu(NewTokens(host, frames, frame_of.cuda(), loc.cuda(), k.cuda(), v.cuda()))
     append_torch(right, kept, frame_of, loc, k, v)
     # (On a CPU the last frame takes what has none.)
     worst = distance(frames[:FRAMES].cpu().float(), kept[:FRAMES].float())

@@ -6,9 +6,11 @@ import torch
 
 from rheoserve_sgl.cache.residency import Residency
 from rheoserve_sgl.coordinator.swap import Ranking, swap_torch
-from rheoserve_sgl.doctor.inputs import BLOCKS, DIM, FRAMES, KV_HEADS, distance, gate_weights, some_frames
+from rheoserve_sgl.doctor.inputs import BLOCKS, DIM, FRAMES, GROUP, KV_HEADS, distance, gate_weights, some_frames
 from rheoserve_sgl.doctor.operators_attention import prefill
 from rheoserve_sgl.gate import make_gate
+from rheoserve_sgl.gate.attn_gate import project_query
+from rheoserve_sgl.gate.base import Tapped
 from rheoserve_sgl.ops.append import append_torch
 from rheoserve_sgl.ops.attn_gate import fold_torch, gate_keys_torch
 from rheoserve_sgl.ops.pool_keys import pool_keys_torch
@@ -125,18 +127,28 @@ def first_scores() -> tuple[float, float]:
 
 
 def gate_keys() -> tuple[float, float]:
-    """A learned gate's keys of a decode step's pages, complete ones and others."""
-    from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu
+    """A decode step's tokens, and a learned gate's keys of their pages, complete ones and others."""
+    from rheoserve_sgl.ops.gpu.append import NewTokens
+    from rheoserve_sgl.ops.gpu.gate import gate_token_gpu
 
     table, rows, lens, batch = requests()
     lens[0] = int(batch.n_pages[0]) * 64  # complete with this step
     batch = Batch.build(table, rows, lens, int(lens.max()), 1, 2)
     weights, plain, running = gate_weights(), torch.randn(3, KV_HEADS, DIM), torch.randn(SLOTS, KV_HEADS, 3, DIM)
     keys = torch.zeros(BLOCKS, KV_HEADS, weights.gate_dim)
-    mine, tables = (running.to(DEVICE), keys.to(DEVICE)), snapshot_of(table, rows, lens)
-    gate_keys_gpu(there(weights), plain.to(DEVICE), tables.rows(3), *mine)
+    mine, tables = (running.to(DEVICE), keys.to(DEVICE)), snapshot_of(table, rows, lens).rows(3)
+    tiers = [torch.zeros(count, *shape, 2, 64, DIM) for count, shape in ((BLOCKS, (KV_HEADS,)), (FRAMES + 1, ()))]
+    q, v = torch.randn(3, KV_HEADS * GROUP * DIM), torch.randn_like(plain)
+    tokens = some_frames(), batch.newest * 64 + batch.tail_len - 1, plain, v
+    new = NewTokens(*(tensor.to(DEVICE) for tensor in (*tiers, *tokens)))
+    tapped, asked = there(Tapped(q, plain.flatten(1), lens - 1)), torch.empty(3, KV_HEADS, DIM, device=DEVICE)
+    gate_token_gpu(there(weights), new, tapped, tables, *mine, asked)
+    append_torch(*tiers, *tokens)
     gate_keys_torch(weights, plain, Writes.of_decode(batch), running, keys)
-    return distance(mine[1].cpu(), keys), 1e-3
+    # (On a CPU the last frame takes what has none.)
+    same = torch.equal(new.host.cpu(), tiers[0]) and torch.equal(new.frames[:-1].cpu(), tiers[1][:-1])
+    right = project_query(weights, q.view(3, KV_HEADS, GROUP, DIM), lens - 1)
+    return max(distance(mine[1].cpu(), keys), distance(asked.cpu(), right)) if same else 1.0, 1e-3
 
 
 def swaps() -> tuple[float, float]:

@@ -1,7 +1,10 @@
 """Write-through of a step's tokens by one kernel, into frames and over PCIe straight into the pinned host store, with
-the running keys of a training-free gate.
+the running keys of a training-free gate. Where blocks are scored by such keys, the kernel that does writes as well.
 """
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
@@ -9,7 +12,7 @@ from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.ops.append import check_rows
 from rheoserve_sgl.ops.gpu.early import early, start
 
-KEYS = {"none": 0, "max_min": 1, "mean": 2}
+KEYS = {"none": 0, "max_min": 1, "mean": 2}  # of training-free gates
 
 
 @triton.jit
@@ -39,13 +42,11 @@ def lower(new, low):
 
 
 @triton.jit
-def _append(
-    host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
-    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+def append_token(
+    token, head, host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
+    KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    """One KV head of one token, and what its page's key takes in of it: see KEYS. Only for one token a page."""
     at = tl.load(loc + token)
     pair = at // TOKENS * kv_heads + head
     offset = at % TOKENS
@@ -68,22 +69,50 @@ def _append(
         tl.store(own, mean + (new - mean) / (offset + 1).to(tl.float32), mask=used)
 
 
-def append_gpu(host, frames, frame_of, loc, k, v, quick=None, keys: str = "none"):
-    """As `append_torch`, without waiting: the CPU sees the tokens when the stream has passed.
+@triton.jit
+def _append(
+    host, frames, frame_of, loc, k, v, quick, k_stride, v_stride, kv_heads,
+    DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    start(EARLY)
+    append_token(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
+        kv_heads, 0, DIM, WIDE, TOKENS,
+    )  # fmt: skip
 
-    Args:
-        host: pinned
-        k, v: rows of `[kv_heads, head_dim]` contiguous
-        quick: `[all_pages, kv_heads, key_dim]`, float32 or, for "max_min", the dtype of k; the newest pages' keys take
-            in their new token. Only for one token a page
-        keys: what they are: "none", "max_min" or "mean"
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens, and where they go.
+
+    host: `[all_pages, kv_heads, 2, 64, head_dim]`, pinned
+    frames: `[n, 2, 64, head_dim]`; frame_of: `[all_pages, kv_heads]` int32
+    loc: `[tokens]` int64
+    k, v: `[tokens, kv_heads, head_dim]`, rows contiguous; ValueError otherwise, and for a dtype that is not the store's
     """
-    tokens, kv_heads, dim = k.shape
-    check_rows(host, k, v)
+
+    host: torch.Tensor
+    frames: torch.Tensor
+    frame_of: torch.Tensor
+    loc: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __post_init__(self):
+        check_rows(self.host, self.k, self.v)
+
+    def arguments(self, quick: torch.Tensor) -> tuple:
+        """Of `append_token`, from `host` on."""
+        tensors = (self.host, self.frames, self.frame_of, self.loc, self.k, self.v)
+        return *tensors, quick, self.k.stride(0), self.v.stride(0)
+
+
+def append_gpu(new: NewTokens):
+    """As `append_torch`, without waiting: the CPU sees the tokens when the stream has passed."""
+    tokens, kv_heads, dim = new.k.shape
     if tokens == 0:
         return
     _append[(tokens, kv_heads)](
-        host, frames, frame_of, loc, k, v, frames if quick is None else quick, k.stride(0), v.stride(0), kv_heads,
-        KEYS=KEYS[keys], DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
-        **early(k.device),
+        *new.arguments(new.frames), kv_heads,
+        DIM=dim, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS, **early(new.k.device),
     )  # fmt: skip

@@ -103,13 +103,20 @@ def _merge(
     counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
     counter, rung, seen, late, report, waited, answered, limit,
     WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
     pair = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
-    count = tl.load(counts + pair)
+    count = 0
+    if BESIDE:
+        count = tl.load(counts + pair)
+    start(EARLY)
+    if not BESIDE:
+        count = tl.load(counts + pair)
+    # (Before the parts, so that nothing waits for them later.)
+    visited = tl.load(host_counts + pair) > 0
+    asked = tl.load(rung) > 0
     split = _part_length(count, parts, FEWEST)
     part = tl.arange(0, PARTS)
     there = part < (count + split - 1) // split
@@ -123,14 +130,14 @@ def _merge(
     if WAIT:
         # One program looks over PCIe, the first to start; all others, where the CPU visited, look at it.
         if pair + head == 0:
-            if tl.load(rung) > 0:
+            if asked:
                 _wait(counter, seen, late, report, waited, answered, limit)
-        elif tl.load(host_counts + pair) > 0:
+        elif visited:
             number = tl.load(counter)
             while load_acquire_own(seen.to(tl.int64)) != number:
                 pass
     row = pair * group + head
-    if tl.load(host_counts + pair) > 0:
+    if visited:
         value = tl.load(host_lse + row)
         new_top = tl.maximum(top, value)
         weight = tl.exp(value - new_top)
@@ -196,7 +203,7 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float, beside: bo
     )  # fmt: skip
 
 
-def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
+def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, beside: bool = False):
     """Merge the parts, and the CPU's part of the lists that have one.
 
     Args:
@@ -204,6 +211,7 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
         out: `[batch, kv_heads, group, head_dim]`, any float dtype; lse: `[batch, kv_heads, group]` float32
         host: (count `[batch, kv_heads]`, out, lse float32), the CPU's; None: there is none
         asker: Asker, whose last question is to be answered first; None: nothing is waited for
+        beside: as `attend_split` was called
     """
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
@@ -223,7 +231,7 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None):
     _merge[(batch * kv_heads, group)](
         visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
         WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
-        PARTS=triton.next_power_of_2(split.lse.shape[1]), **early(out.device),
+        PARTS=triton.next_power_of_2(split.lse.shape[1]), BESIDE=beside, **early(out.device),
     )  # fmt: skip
 
 

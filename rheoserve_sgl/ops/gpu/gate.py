@@ -1,6 +1,7 @@
-"""The learned gate of a decode step: one kernel for queries, one for running keys. As `rheoserve_sgl.ops.attn_gate`.
+"""The learned gate of a decode step: its queries, and running keys together with what a step writes. As
+`rheoserve_sgl.ops.attn_gate`.
 
-One program a (request, KV head). A vector is held as its two halves, which is how RoPE pairs them.
+A vector is held as its two halves, which is how RoPE pairs them.
 """
 
 import torch
@@ -8,8 +9,8 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.gate.attn_gate import EPSILON, K_PARTS, GateWeights
-from rheoserve_sgl.ops.gpu.append import higher, lower
+from rheoserve_sgl.gate.attn_gate import EPSILON, GateWeights
+from rheoserve_sgl.ops.gpu.append import NewTokens, append_token, higher, lower
 from rheoserve_sgl.ops.gpu.early import early, start
 
 ROWS = 32  # of a weight matrix at a time
@@ -39,13 +40,12 @@ def _finish(
 
 
 @triton.jit
-def _queries(
-    q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
+def gate_query(
+    pair, q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
     KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    EPSILON: tl.constexpr, EARLY: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
-    pair = tl.program_id(0)
+    """Of one (request, KV head)."""
     row = pair // kv_heads
     head = pair % kv_heads
     at = tl.arange(0, HALF)
@@ -76,15 +76,13 @@ def _queries(
 
 
 @triton.jit
-def _keys(
-    k, newest, requests, tail_len, n_pages, running, weights, norm, rope, quick,
+def gate_key(
+    pair, k, newest, requests, tail_len, n_pages, running, weights, norm, rope, quick,
     kv_heads, dim, inputs, half, key_offset,
-    MAX: tl.constexpr, MIN: tl.constexpr, AVG: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    MAX: tl.constexpr, MIN: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, EPSILON: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
-    pair = tl.program_id(0)
+    """Of one (request, KV head)'s newest page, with its new token: 0 until the page is full."""
     row = pair // kv_heads
     head = pair % kv_heads
     tail = tl.load(tail_len + row)
@@ -131,6 +129,49 @@ def _keys(
             tl.store(out + half + at, b, mask=used)
 
 
+@triton.jit
+def _queries(
+    q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
+    KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    EPSILON: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    start(EARLY)
+    gate_query(
+        tl.program_id(0), q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half, KIND, NORM, ROPE,
+        HALF, ROWS, EPSILON,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token(
+    q, positions, q_weights, q_norm, rope, out,
+    plain_k, newest, requests, tail_len, n_pages, running, k_weights, k_norm,
+    host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
+    kv_heads, group, dim, q_inputs, k_inputs, half, key_offset,
+    KIND: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    ROPE: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, EPSILON: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    start(EARLY)
+    pair = tl.program_id(0)
+    part = tl.program_id(1)
+    if part == 0:
+        append_token(
+            (pair // kv_heads).to(tl.int64), pair % kv_heads, host, frames, frame_of, loc, k, v, quick, k_stride,
+            v_stride, kv_heads, 0, DIM, WIDE, TOKENS,
+        )  # fmt: skip
+    elif part == 1:
+        gate_key(
+            pair, plain_k, newest, requests, tail_len, n_pages, running, k_weights, k_norm, rope, quick,
+            kv_heads, dim, k_inputs, half, key_offset, MAX, MIN, K_NORM, ROPE, WIDE, HALF, ROWS, TOKENS, EPSILON,
+        )  # fmt: skip
+    else:
+        gate_query(
+            pair, q, positions, q_weights, q_norm, rope, out, kv_heads, group, dim, q_inputs, half, KIND, Q_NORM, ROPE,
+            HALF, ROWS, EPSILON,
+        )  # fmt: skip
+
+
 def gate_queries_gpu(weights: GateWeights, plain, positions, out):
     """Gate queries of a step into out `[batch, kv_heads, gate_dim]` float32.
 
@@ -139,32 +180,48 @@ def gate_queries_gpu(weights: GateWeights, plain, positions, out):
         positions: `[batch]` int64
     """
     batch, kv_heads, group, dim = plain.shape
-    width = out.shape[-1]
-    kind = 0 if weights.q is None else weights.q.ndim - 2
-    inputs = dim if kind < 2 else group * dim
+    kind, inputs = _query_form(weights, group, dim)
     _queries[(batch * kv_heads,)](
         plain, positions, *_or_any(plain, weights.q, weights.q_norm, weights.rope), out,
-        kv_heads, group, dim, inputs, width // 2,
-        KIND=kind, **_options(weights.q_norm, weights.rope, width), **early(plain.device),
+        kv_heads, group, dim, inputs, weights.gate_dim // 2,
+        KIND=kind, NORM=weights.q_norm is not None, **_options(weights), **early(plain.device),
     )  # fmt: skip
 
 
-def gate_keys_gpu(weights: GateWeights, plain, tables, running, quick, rotate_last: bool = False):
-    """As `gate_keys` for one token a request, on its newest page.
+def gate_token_gpu(
+    weights: GateWeights, new: NewTokens, tapped, tables, running, quick, out, rotate_last: bool = False
+):
+    """Append one token a request, as `append_gpu`; take it into the key of its newest page, as `gate_keys` does; and
+    make its gate query, as `gate_queries_gpu`.
 
     Args:
-        plain: `[batch, kv_heads, head_dim]`, any float dtype
+        tapped: Tapped of the tokens
         tables: Tables
+        running, quick, rotate_last: see `gate_keys`
+        out: `[batch, kv_heads, gate_dim]` float32
     """
-    batch, kv_heads, dim = plain.shape
-    parts = {part.upper(): int(part in weights.parts) for part in K_PARTS}
-    _keys[(batch * kv_heads,)](
-        plain, tables.newest, tables.requests, tables.tail_len, tables.n_pages, running,
-        *_or_any(plain, weights.k, weights.k_norm, weights.rope), quick,
-        kv_heads, dim, len(weights.parts) * dim, weights.gate_dim // 2, PAGE_TOKENS - 1 if rotate_last else 0,
-        **parts, WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS,
-        **_options(weights.k_norm, weights.rope, weights.gate_dim), **early(plain.device),
+    batch, kv_heads, dim = new.k.shape
+    group = tapped.q.numel() // (batch * kv_heads * dim)
+    kind, inputs = _query_form(weights, group, dim)
+    q_weights, q_norm, rope, k_weights, k_norm = _or_any(
+        out, weights.q, weights.q_norm, weights.rope, weights.k, weights.k_norm
+    )
+    _token[(batch * kv_heads, 3)](
+        tapped.q, tapped.positions, q_weights, q_norm, rope, out,
+        tapped.k, tables.newest, tables.requests, tables.tail_len, tables.n_pages, running, k_weights, k_norm,
+        *new.arguments(quick),
+        kv_heads, group, dim, inputs, len(weights.parts) * dim, weights.gate_dim // 2,
+        PAGE_TOKENS - 1 if rotate_last else 0,
+        KIND=kind, MAX=int("max" in weights.parts), MIN=int("min" in weights.parts),
+        Q_NORM=weights.q_norm is not None, K_NORM=weights.k_norm is not None, DIM=dim,
+        WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS, **_options(weights), **early(out.device),
     )  # fmt: skip
+
+
+def _query_form(weights: GateWeights, group: int, dim: int) -> tuple[int, int]:
+    """KIND of `gate_query`, and how many numbers it projects."""
+    kind = 0 if weights.q is None else weights.q.ndim - 2
+    return kind, dim if kind < 2 else group * dim
 
 
 def _or_any(any_: torch.Tensor, *tensors):
@@ -172,11 +229,10 @@ def _or_any(any_: torch.Tensor, *tensors):
     return [any_ if tensor is None else tensor for tensor in tensors]
 
 
-def _options(norm, rope, width: int) -> dict:
+def _options(weights: GateWeights) -> dict:
     return {
-        "NORM": norm is not None,
-        "ROPE": rope is not None,
-        "HALF": max(triton.next_power_of_2(width // 2), 16),
+        "ROPE": weights.rope is not None,
+        "HALF": max(triton.next_power_of_2(weights.gate_dim // 2), 16),
         "ROWS": ROWS,
         "EPSILON": EPSILON,
     }

@@ -1,4 +1,5 @@
-"""Logits of the gate over a page table, with what a softmax over them needs: one program a tile of pages.
+"""Logits of the gate over a page table, with what a softmax over them needs: one program a tile of pages. Those with
+newest pages write the step's tokens before: a kernel of its own takes some two microseconds a layer, whatever it does.
 
 `plan` turns them into scores; together they are `rheoserve_sgl.ops.score.score_torch`.
 """
@@ -6,6 +7,8 @@
 import triton
 import triton.language as tl
 
+from rheoserve_sgl import PAGE_TOKENS
+from rheoserve_sgl.ops.gpu.append import KEYS, NewTokens, append_token
 from rheoserve_sgl.ops.gpu.attend import HEADS
 from rheoserve_sgl.ops.gpu.early import early, start
 
@@ -15,9 +18,10 @@ KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by b
 
 @triton.jit
 def _score(
-    q, quick, pages, n_pages, quiet, logits, tile_max, tile_sum, scale, kv_heads, heads, max_pages, tiles,
+    q, pages, n_pages, quiet, logits, tile_max, tile_sum, host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
+    scale, kv_heads, heads, max_pages, tiles,
     DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-    EARLY: tl.constexpr,
+    APPEND: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # The page table is read while the kernels in front run, which do not write it.
     pair = tl.program_id(0)
@@ -28,6 +32,13 @@ def _score(
     at = tile * PAGES + tl.arange(0, PAGES)
     page = tl.load(pages + row * max_pages + at, mask=at < max_pages, other=0).to(tl.int64)
     start(EARLY)
+    if APPEND > 0:
+        if (count > 0) & (tile == (count - 1) // PAGES):
+            append_token(
+                row.to(tl.int64), pair % kv_heads, host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
+                kv_heads, APPEND, DIM, WIDE, TOKENS,
+            )  # fmt: skip
+            tl.debug_barrier()  # the newest page's key is read by other threads
     if (tile * PAGES < count) & (rests == 0):
         dim = tl.arange(0, WIDE)
         valid = at < count
@@ -71,7 +82,7 @@ def _score(
                 tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top), 0))
 
 
-def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
+def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewTokens | None = None):
     """Fill the logits and tile sums of `scratch`, but for quiet requests.
 
     The kernel launched right before must not write to tables: they are read while it runs.
@@ -79,14 +90,19 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str):
     Args:
         q: `[batch, kv_heads, heads, dim]`, any float dtype
         quick: `[all_pages, kv_heads, dim]`, any float dtype; `2 * dim` for kind "range"
+        new: each request's newest token, which is appended, also of quiet ones, and taken into its page's key (float32
+            or, for kind "range", of the dtype of k) before that is scored: a mean for kind "dot"; None: all are there
     """
     batch, kv_heads, heads, dim = q.shape
     max_pages = tables.pages.shape[1]
     tiles = triton.cdiv(max_pages, PAGES)
     tensor_cores = 1 < heads <= HEADS and q.dtype == quick.dtype and q.dtype.itemsize == 2
+    appended = "none" if new is None else "max_min" if kind == "range" else "mean"
+    added = (*(q,) * 6, quick, 0, 0) if new is None else new.arguments(quick)
     _score[(batch * kv_heads, tiles)](
-        q, quick, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, scale,
-        kv_heads, heads, max_pages, tiles,
+        q, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, *added,
+        scale, kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
-        HEADS=HEADS if tensor_cores else 0, num_warps=2, **early(q.device),
+        HEADS=HEADS if tensor_cores else 0, APPEND=KEYS[appended], TOKENS=PAGE_TOKENS,
+        num_warps=2, **early(q.device),
     )  # fmt: skip

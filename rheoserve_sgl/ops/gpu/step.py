@@ -9,9 +9,10 @@ import torch
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.attn_gate import GateWeights
 from rheoserve_sgl.ops.doorbell import Exchange
-from rheoserve_sgl.ops.gpu.append import append_gpu
+from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
-from rheoserve_sgl.ops.gpu.gate import gate_keys_gpu, gate_queries_gpu
+from rheoserve_sgl.ops.gpu.begin import tell_step
+from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_token_gpu
 from rheoserve_sgl.ops.gpu.listing import Listing, list_gpu
 from rheoserve_sgl.ops.gpu.plan import MOST_PAGES, plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
@@ -53,7 +54,6 @@ class GpuStep:
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
         self.weight = torch.ones(1, dtype=torch.float32, device=device)  # of this step's scores in the importance
         self.totals = torch.zeros((batch, 3), dtype=torch.int64, device=device) if totals is None else totals
-        self._rows = torch.zeros(1, dtype=torch.int32, device=device)
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
         self.rests = self.selects and self.beside
@@ -73,15 +73,11 @@ class GpuStep:
             limits: `[requests]` int32, pages that a KV head may select, by row of req_to_token
             weight: of this step's scores in the importance of blocks
         """
-        snapshot(req_to_token, slots, lens, rows, self.tables.rows(batch))
+        tables = self.tables.rows(batch)
+        snapshot(req_to_token, slots, lens, rows, tables)
         if self.rests:
-            mark_quiet(self.pool.residency.frame_of, self.tables.rows(batch))
-        self.budgets[:rows] = limits[slots[:rows]]
-        self.weight.fill_(weight)
-        self._rows.fill_(rows)
-        self.exchange.batch.copy_(self._rows, non_blocking=True)
-        if self.asker is not None:
-            self.asker.begun.copy_(self.asker.counter, non_blocking=True)
+            mark_quiet(self.pool.residency.frame_of, tables)
+        tell_step(limits, tables.requests, self.budgets, self.weight, self.exchange, rows, weight, self.asker)
 
     def layer(self, index: int, q, k, v, loc, scale: float, tapped=None) -> torch.Tensor:
         """One layer's attention for the new tokens: `[batch, q_heads * head_dim]` in the dtype of q.
@@ -96,20 +92,16 @@ class GpuStep:
         _, kv_heads, group, dim = self.exchange.q.shape
         tables = self.tables.rows(batch)
         own = self.listing(index, tables)
-        quick = pool.quick.layers[index]
         heads = q.contiguous().view(batch, kv_heads, group, dim)
         if self.beside and index == 0:
             list_gpu(own)
-        append_gpu(
-            pool.host.layers[index], pool.frames.layers[index], own.frame_of, loc, k, v,
-            quick, self.kind if self.kind in ("max_min", "mean") and self.selects else "none",
-        )  # fmt: skip
+        new, scratch = NewTokens(pool.host.layers[index], pool.frames.layers[index], own.frame_of, loc, k, v), None
+        if self.selects:
+            scratch = self.score(index, heads, tables, scale, tapped, new)
+        else:
+            append_gpu(new)
         if pool.canary is not None:
             pool.canary.wrote(index, loc, k, v)
-        if self.selects and self.kind == "seer":
-            gate, keys = pool.gate, tapped.k.view(batch, kv_heads, dim)
-            gate_keys_gpu(gate.layers[index], keys, tables, gate.running[index], quick, gate.rotate_last)
-        scratch = self.score(index, heads, tables, scale, tapped) if self.selects else None
         visit, arrived = (None, own.seen) if self.beside else (own.visit, own.arrived)
         following = self.listing(index + 1, tables) if self.beside and index + 1 < len(self.rules) else None
         plan_gpu(
@@ -121,7 +113,8 @@ class GpuStep:
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
-        merge_parts(own.visit, split, out, self.lse, (self.visited, self.exchange.out, self.exchange.lse), self.asker)
+        host = self.visited, self.exchange.out, self.exchange.lse
+        merge_parts(own.visit, split, out, self.lse, host, self.asker, self.beside)
         return out.view(batch, -1)
 
     def listing(self, index: int, tables: Tables) -> Listing:
@@ -130,19 +123,23 @@ class GpuStep:
         arrived = pool.arrived[index : index + 1]
         return Listing(tables, pool.residency.frame_of[index], arrived, visit, self.seen[index % 2])
 
-    def score(self, index: int, heads, tables: Tables, scale: float, tapped=None) -> Scratch:
+    def score(self, index: int, heads, tables: Tables, scale: float, tapped=None, new=None) -> Scratch:
         """Score the blocks in `tables` for one query of each request.
 
         Args:
             heads: `[batch, kv_heads, group, head_dim]`, queries; tapped: Tapped, the same before RoPE
+            new: NewTokens, appended and taken into their pages' keys before; None: all are there
         """
         quick = self.pool.quick.layers[index]
         if self.kind != "seer":
-            score_tiles(heads, quick, tables, self.scratch, scale, "range" if self.kind == "max_min" else "dot")
+            score_tiles(heads, quick, tables, self.scratch, scale, "range" if self.kind == "max_min" else "dot", new)
             return self.scratch
-        weights: GateWeights = self.pool.gate.layers[index]
-        query = self.gate_q[: len(heads)]
-        gate_queries_gpu(weights, tapped.q.view(heads.shape), tapped.positions, query[:, :, 0])
+        gate, query = self.pool.gate, self.gate_q[: len(heads)]
+        weights: GateWeights = gate.layers[index]
+        if new is None:
+            gate_queries_gpu(weights, tapped.q.view(heads.shape), tapped.positions, query[:, :, 0])
+        else:
+            gate_token_gpu(weights, new, tapped, tables, gate.running[index], quick, query[:, :, 0], gate.rotate_last)
         score_tiles(query, quick, tables, self.scratch, weights.gate_dim**-0.5, "dot")
         return self.scratch
 
