@@ -44,7 +44,7 @@ class RheoConfig:
     admission: str = "auto"  # on where there is a GPU
     most_missed: float = 0.25
     join_group: int = 4
-    join_patience: int = 16  # decode steps
+    join_patience: int = 0  # decode steps
     decode_interleave: int = 8  # decode steps
     tpot_slo_ms: float | None = None
 

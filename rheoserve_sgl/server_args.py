@@ -148,8 +148,10 @@ class RheoServerArgs(ServerArgs):
         NS("schedule"),
     ] = 4
     rheoserve_join_patience: Annotated[
-        int, "RheoServe: decode steps that a prefilled request waits at most for its group.", NS("schedule")
-    ] = 16
+        int,
+        "RheoServe: decode steps that a prefilled request waits at most for its group; 0: it joins as soon as it can.",
+        NS("schedule"),
+    ] = 0
     rheoserve_decode_interleave: Annotated[
         int,
         "RheoServe: decode steps between two batches (chunks) of prefill, so that long prompts do not stall what "
