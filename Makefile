@@ -37,6 +37,7 @@ bench: .venv/ready
 
 bench-gpu: .venv/ready
 	$(PY) benchmarks/bench_ops.py
+	$(PY) benchmarks/bench_layers.py
 	$(PY) benchmarks/bench_decode.py --context 32768 --device-gb 12 $(ARGS)
 	$(PY) benchmarks/bench_decode.py --context 65536 --device-gb 24 --requests 10 --churn 0.05 0 0.15 $(ARGS)
 

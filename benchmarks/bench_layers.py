@@ -1,0 +1,202 @@
+"""Layers of a decode step in one CUDA graph, as a server has them, with the CPU beside. The last line is JSON.
+
+Each layer is a product of 4,096 x 6,144, `GpuStep.layer` and a product of 4,096 x 4,096, in Qwen3-8B's shapes with
+Quest's keys and a budget of 4,096 tokens; the figure is what it takes beyond the products. Where a request's blocks are
+all resident, fa3 beside it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's
+kernels run.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from machine import describe_machine
+
+from rheoserve_sgl.cache.host_memory import pin_all, zeroed
+from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
+from rheoserve_sgl.ops.gpu.ask import Asker
+from rheoserve_sgl.ops.gpu.step import GpuStep
+from rheoserve_sgl.ops.plan import Rule, Select
+
+LAYERS, KV_HEADS, GROUP, DIM, PAGE, WIDTH = 36, 8, 4, 128, 64, 4096
+Q, KV = KV_HEADS * GROUP * DIM, KV_HEADS * DIM
+BUDGET = 4096 // PAGE
+TAIL = 33  # tokens of the newest page
+SHARED = 12  # layers' worth of weights and frames: more than a cache holds
+REPLAYS = 30
+# Requests, tokens of each, share of the blocks that are resident, share of the budget's best blocks that are not.
+CASES = [(1, 32768, 1.0, 0.0), (1, 65536, 1.0, 0.0), (1, 65536, 0.6, 0.2), (4, 65536, 0.5, 0.1), (10, 65536, 0.4, 0.05)]
+
+
+class Layers:
+    """The products around attention."""
+
+    def __init__(self):
+        def weights(out: int):
+            return [0.01 * torch.randn(WIDTH, out, dtype=torch.bfloat16, device="cuda") for _ in range(SHARED)]
+
+        self._into, self._back = weights(Q + 2 * KV), weights(WIDTH)
+
+    def run(self, x, attend):
+        for index in range(LAYERS):
+            qkv = x @ self._into[index % SHARED]
+            q, k, v = qkv[:, :Q], *(part.view(len(x), KV_HEADS, DIM) for part in qkv[:, Q:].split(KV, 1))
+            x = attend(index, q, k, v) @ self._back[index % SHARED]
+        return x
+
+    def time(self, batch: int, attend, before=lambda: None, timeline=False) -> float:
+        """Microseconds of a layer beyond the products."""
+        x = torch.randn(batch, WIDTH, dtype=torch.bfloat16, device="cuda")
+        with_attention = self._graph_time(lambda: self.run(x, attend), before, timeline)
+        return with_attention - self._graph_time(lambda: self.run(x, lambda index, q, k, v: q))
+
+    @staticmethod
+    def _graph_time(run, before=lambda: None, timeline=False) -> float:
+        before()
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        times = []
+        for _ in range(REPLAYS):
+            before()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(1000 * start.elapsed_time(end) / LAYERS)
+        if timeline:
+            print_timeline(graph, before)
+        return statistics.median(times)
+
+
+def print_timeline(graph, before):
+    """Start and length in microseconds of the kernels of a layer in the middle."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        before()
+        graph.replay()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(str(Path(folder) / "trace.json"))
+        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+    kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda event: event["ts"])
+    each = len(kernels) // LAYERS
+    own = kernels[each * LAYERS // 2 :][: each + 1]
+    print("   ", " | ".join(f"{e['name'][:14]} {e['ts'] - own[0]['ts']:.1f}+{e['dur']:.1f}" for e in own), flush=True)
+
+
+class Case:
+    """A pool as `GpuStep` sees one, with random blocks; some matter more than others, the same in each step."""
+
+    def __init__(self, batch: int, context: int, resident: float, outside: float, frames, host):
+        torch.manual_seed(1)
+        self.batch, pages = batch, context // PAGE
+        every = batch * pages + 1
+        self._ids = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages) + 1
+        shape = (LAYERS, every, KV_HEADS)
+        best = torch.rand(shape, device="cuda") < BUDGET / pages
+        has = torch.where(
+            best, torch.rand(shape, device="cuda") >= outside, torch.rand(shape, device="cuda") < resident
+        )
+        has[:, self._ids[:, -1].long()] = True
+        frame_of = torch.full(shape, -1, dtype=torch.int32, device="cuda")
+        frame_of[has] = torch.randint(len(frames[0]), (int(has.sum()),), dtype=torch.int32, device="cuda")
+        keys = torch.randn(*shape, 2 * DIM, dtype=torch.bfloat16, device="cuda") * torch.where(best, 4, 0.1)[..., None]
+        pool = SimpleNamespace(
+            device=frame_of.device,
+            gate=SimpleNamespace(kind="max_min", key_dim=lambda dim: 2 * dim),
+            residency=SimpleNamespace(frame_of=frame_of),
+            quick=SimpleNamespace(layers=list(keys.bfloat16())),
+            importance=torch.zeros(shape, device="cuda"),
+            arrived=torch.zeros(LAYERS, dtype=torch.int32, device="cuda"),
+            canary=None,
+            host=SimpleNamespace(layers=[host[:every]] * LAYERS),
+            frames=SimpleNamespace(layers=[frames[index % SHARED] for index in range(LAYERS)]),
+        )
+        exchange = Exchange.make(batch, KV_HEADS, GROUP, DIM, pages, pin=True)
+        self.bell = Doorbell(exchange, [host[:every].flatten(0, 1)] * LAYERS, DIM**-0.5, 14)
+        self.asker = Asker(exchange, 10.0, LAYERS)
+        self.step = GpuStep(pool, [Rule(Select.BUDGET, 1, 8, BUDGET)] * LAYERS, exchange, self.asker)
+        self._begin(quiet=resident >= 1.0 and not outside)
+
+    def _begin(self, quiet: bool):
+        """What a step's first kernels leave."""
+        tables = self.step.tables
+        tables.pages.copy_(self._ids)
+        tables.n_pages.fill_(self._ids.shape[1])
+        tables.tail_len.fill_(TAIL)
+        tables.requests.copy_(torch.arange(self.batch))
+        tables.newest.copy_(self._ids[:, -1])
+        tables.quiet.fill_(int(quiet))
+        self.step.budgets.fill_(BUDGET)
+        self.step.exchange.batch[0] = self.batch
+
+    def time(self, layers: Layers, timeline: bool) -> dict:
+        loc = self._ids[:, -1].long() * PAGE + TAIL - 1
+
+        def attend(index, q, k, v):
+            return self.step.layer(index, q, k, v, loc, DIM**-0.5)
+
+        took = layers.time(self.batch, attend, lambda: self.bell.expect(LAYERS), timeline)
+        self.bell.check()
+        # (A first run, the replays, and the timeline's one.)
+        asked = (1 + REPLAYS + timeline) * LAYERS
+        visits = int(self.step.totals[:, 1].sum()) / asked / self.batch / KV_HEADS
+        return {"layer_us": took, "waited_us": int(self.asker.waited) / 1000 / asked, "visits_a_head": visits}
+
+
+def time_fa3(batch: int, context: int, layers: Layers, timeline: bool) -> float | None:
+    """SGLang's fa3 with pages of one token, as it comes."""
+    try:
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+        from sglang.kernels.ops.kvcache.kvcache import store_cache
+    except ImportError:
+        return None
+    cache = torch.randn(3, 2, batch * context, 1, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")
+    table = torch.randperm(batch * context // PAGE, device="cuda").int().view(batch, -1, 1) * PAGE
+    table = (table + torch.arange(PAGE, device="cuda").int()).view(batch, context)
+    lens = torch.full((batch,), context - PAGE + TAIL, dtype=torch.int32, device="cuda")
+    loc = table[:, context - PAGE + TAIL - 1].long()
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+
+    def attend(index, q, k, v):
+        keys, values = cache[index % len(cache)]
+        rows = (k.reshape(batch, -1), v.reshape(batch, -1), keys.view(-1, KV), values.view(-1, KV))
+        store_cache(*rows, loc)
+        heads = q.contiguous().view(batch, KV_HEADS * GROUP, DIM)
+        options = {"cu_seqlens_q": starts, "max_seqlen_q": 1, "softmax_scale": DIM**-0.5, "causal": True}
+        out = flash_attn_with_kvcache(heads, keys, values, page_table=table, cache_seqlens=lens, **options)
+        return out.view(batch, -1)
+
+    return layers.time(batch, attend, timeline=timeline)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timeline", action="store_true")
+    args = parser.parse_args()
+    layers, rows = Layers(), []
+    frames = torch.randn(SHARED, 1 << 15, 2, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
+    host = zeroed(
+        (max(batch * context for batch, context, *_ in CASES) // PAGE + 1, KV_HEADS, 2, PAGE, DIM), torch.bfloat16
+    )
+    pin_all(main, [host], 8)
+    for batch, context, resident, outside in CASES:
+        row = {"requests": batch, "context": context, "resident": resident, "outside": outside}
+        row |= Case(batch, context, resident, outside, frames, host).time(layers, args.timeline)
+        if resident >= 1.0:
+            row["fa3_us"] = time_fa3(batch, context, layers, args.timeline)
+        rows.append({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()})
+        print(rows[-1], flush=True)
+    gpu = torch.cuda.get_device_name()
+    print(json.dumps({"benchmark": "layers", "options": vars(args), "rows": rows, "gpu": gpu, **describe_machine()}))
+
+
+if __name__ == "__main__":
+    main()
