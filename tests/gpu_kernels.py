@@ -331,36 +331,46 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling, dtype):
     assert torch.equal(mine[0].cpu()[incomplete], theirs[0][incomplete])
 
 
-@pytest.mark.parametrize("keys", ["max_min", "mean"])
-@pytest.mark.parametrize("quiet", [0, 1])
-def test_a_token_is_appended_before_its_page_is_scored(keys, quiet):
+@pytest.mark.parametrize(
+    ("selector", "group", "dtype", "dim", "quiet"),
+    [
+        ("quest", 1, torch.float32, 64, 0),
+        ("quest", 4, torch.float16, 80, 0),
+        ("quest", 5, torch.float16, 64, 1),
+        pytest.param("quest", 4, torch.bfloat16, 128, 0, marks=no_bfloat16),
+        ("mean", 1, torch.float32, 80, 1),
+        ("mean", 4, torch.float16, 64, 0),
+    ],
+)
+def test_a_token_is_appended_before_its_page_is_scored(selector, group, dtype, dim, quiet):
     """Token by token, the last of 33 pages: the first of a tile, on which no other program waits."""
-    gate, heads, dim, at = make_gate("quest" if keys == "max_min" else "mean"), 2, 64, 32 * 64
-    k, v = torch.randn(2, 64, 1, heads, dim)
+    gate, heads, at = make_gate(selector), 2, 32 * 64
+    k, v = torch.randn(2, 64, heads, dim).to(dtype)
     table, where, lens, _ = make_batch([at + 64], context=at + 64, pages=40)
     newest = int(table[where[0], at]) // 64
-    host, expected = torch.zeros(2, 40, heads, 2, 64, dim)
+    host, expected = torch.zeros(2, 40, heads, 2, 64, dim, dtype=dtype)
     host = host.pin_memory() if DEVICE == "cuda" else host
-    frames, frame_of = torch.zeros(2, 2, 64, dim, device=DEVICE), torch.full((40, heads), -1, dtype=torch.int32)
+    frames = torch.zeros(2, 2, 64, dim, dtype=dtype, device=DEVICE)
+    frame_of = torch.full((40, heads), -1, dtype=torch.int32)
     frame_of[newest, 1] = 0
-    quick = torch.randn(40, heads, gate.key_dim(dim), device=DEVICE)
-    before, scratch = quick.clone(), Scratch.make(3, heads, 1, 40, DEVICE)
-    q = torch.randn(3, heads, 1, dim)
+    quick = torch.randn(40, heads, gate.key_dim(dim)).to(dtype if selector == "quest" else torch.float32).to(DEVICE)
+    before, scratch = quick.clone(), Scratch.make(3, heads, group, 40, DEVICE)
+    q = torch.randn(3, heads, group, dim).to(dtype)
     for t in range(64):
         tables = tables_of(table, where, torch.tensor([at + t + 1]), max_pages=40)
         tables.quiet.fill_(quiet)
-        new = torch.zeros(2, 3, heads, dim, device=DEVICE)
-        new[:, 0] = torch.stack((k[t, 0], v[t, 0]))
+        new = torch.zeros(2, 3, heads, dim, dtype=dtype, device=DEVICE)
+        new[:, 0] = torch.stack((k[t], v[t]))
         loc = torch.tensor([newest * 64 + t, 0, 0], device=DEVICE)
         tokens = NewTokens(host, frames, frame_of.to(DEVICE), loc, *new)
-        score_tiles(q.to(DEVICE), quick, tables, scratch, 0.125, "range" if keys == "max_min" else "dot", tokens)
+        score_tiles(q.to(DEVICE), quick, tables, scratch, 0.125, "range" if selector == "quest" else "dot", tokens)
         if t in (0, 20, 63):
-            own = gate.pool(k[: t + 1, 0].transpose(0, 1)[None], torch.ones(1, 1, t + 1, 1, dtype=torch.bool))
-            torch.testing.assert_close(quick[newest].cpu(), own[0], rtol=1e-5, atol=1e-6)
+            own = gate.pool(k[: t + 1].float().transpose(0, 1)[None], torch.ones(1, 1, t + 1, 1, dtype=torch.bool))[0]
+            torch.testing.assert_close(quick[newest].cpu().float(), own, rtol=1e-5, atol=1e-6)
             if not quiet:
-                logits = (gate.query(q)[0, :, 0] * own[0]).sum(-1) * 0.125
-                torch.testing.assert_close(scratch.logits[0, :, 0, 32].cpu(), logits, rtol=1e-5, atol=1e-5)
-    expected[newest] = torch.stack((k[:, 0], v[:, 0])).permute(2, 0, 1, 3)
+                logits = (gate.query(q.float())[0] * own[:, None]).sum(-1) * 0.125
+                torch.testing.assert_close(scratch.logits[0, :, :, 32].cpu(), logits, rtol=1e-4, atol=1e-4)
+    expected[newest] = torch.stack((k, v)).permute(2, 0, 1, 3)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     assert torch.equal(host, expected) and torch.equal(frames[0].cpu(), expected[newest, 1])
