@@ -2,8 +2,8 @@
 
 Each layer is a product of 4,096 x 6,144, `GpuStep.layer` and a product of 4,096 x 4,096, in Qwen3-8B's shapes with
 Quest's keys and a budget of 4,096 tokens; the figure is what it takes beyond the products. Where a request's blocks are
-all resident, fa3 beside it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's
-kernels run.
+all resident it is taken as quiet (nothing selected, seven of eight steps) and not, and fa3 beside it, as SGLang calls
+it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's kernels run.
 """
 
 import argparse
@@ -46,6 +46,7 @@ class Layers:
             qkv = x @ self._into[index % SHARED]
             q, k, v = qkv[:, :Q], *(part.view(len(x), KV_HEADS, DIM) for part in qkv[:, Q:].split(KV, 1))
             x = attend(index, q, k, v) @ self._back[index % SHARED]
+            x = torch.nn.functional.rms_norm(x, (WIDTH,))  # as large in each layer: scores that differ
         return x
 
     def time(self, batch: int, attend, before=lambda: None, timeline=False) -> float:
@@ -94,7 +95,7 @@ def print_timeline(graph, before):
 class Case:
     """A pool as `GpuStep` sees one, with random blocks; some matter more than others, the same in each step."""
 
-    def __init__(self, batch: int, context: int, resident: float, outside: float, frames, host):
+    def __init__(self, batch: int, context: int, resident: float, outside: float, quiet: bool, frames, host):
         torch.manual_seed(1)
         self.batch, pages = batch, context // PAGE
         every = batch * pages + 1
@@ -123,7 +124,7 @@ class Case:
         self.bell = Doorbell(exchange, [host[:every].flatten(0, 1)] * LAYERS, DIM**-0.5, 14)
         self.asker = Asker(exchange, 10.0, LAYERS)
         self.step = GpuStep(pool, [Rule(Select.BUDGET, 1, 8, BUDGET)] * LAYERS, exchange, self.asker)
-        self._begin(quiet=resident >= 1.0 and not outside)
+        self._begin(quiet)
 
     def _begin(self, quiet: bool):
         """What a step's first kernels leave."""
@@ -145,6 +146,8 @@ class Case:
 
         took = layers.time(self.batch, attend, lambda: self.bell.expect(LAYERS), timeline)
         self.bell.check()
+        if self.asker.late:
+            raise RuntimeError(f"the CPU did not answer question {self.asker.late} in time")
         # (A first run, the replays, and the timeline's one.)
         asked = (1 + REPLAYS + timeline) * LAYERS
         visits = int(self.step.totals[:, 1].sum()) / asked / self.batch / KV_HEADS
@@ -154,7 +157,7 @@ class Case:
 def time_fa3(batch: int, context: int, layers: Layers, timeline: bool) -> float | None:
     """SGLang's fa3 with pages of one token, as it comes."""
     try:
-        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache, get_scheduler_metadata
         from sglang.kernels.ops.kvcache.kvcache import store_cache
     except ImportError:
         return None
@@ -164,15 +167,19 @@ def time_fa3(batch: int, context: int, layers: Layers, timeline: bool) -> float 
     lens = torch.full((batch,), context - PAGE + TAIL, dtype=torch.int32, device="cuda")
     loc = table[:, context - PAGE + TAIL - 1].long()
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    shape = {"num_heads": KV_HEADS * GROUP, "num_heads_k": KV_HEADS, "headdim": DIM, "page_size": 1}
+    planned = get_scheduler_metadata(
+        batch, 1, context, **shape, cache_seqlens=lens, qkv_dtype=torch.bfloat16, cu_seqlens_q=starts, causal=True
+    )  # once a step
+    options = {"max_seqlen_q": 1, "softmax_scale": DIM**-0.5, "causal": True, "scheduler_metadata": planned}
 
     def attend(index, q, k, v):
         keys, values = cache[index % len(cache)]
         rows = (k.reshape(batch, -1), v.reshape(batch, -1), keys.view(-1, KV), values.view(-1, KV))
         store_cache(*rows, loc)
         heads = q.contiguous().view(batch, KV_HEADS * GROUP, DIM)
-        options = {"cu_seqlens_q": starts, "max_seqlen_q": 1, "softmax_scale": DIM**-0.5, "causal": True}
-        out = flash_attn_with_kvcache(heads, keys, values, page_table=table, cache_seqlens=lens, **options)
-        return out.view(batch, -1)
+        where = {"page_table": table, "cache_seqlens": lens, "cu_seqlens_q": starts}
+        return flash_attn_with_kvcache(heads, keys, values, **where, **options).view(batch, -1)
 
     return layers.time(batch, attend, timeline=timeline)
 
@@ -188,12 +195,13 @@ def main():
     )
     pin_all(main, [host], 8)
     for batch, context, resident, outside in CASES:
-        row = {"requests": batch, "context": context, "resident": resident, "outside": outside}
-        row |= Case(batch, context, resident, outside, frames, host).time(layers, args.timeline)
-        if resident >= 1.0:
-            row["fa3_us"] = time_fa3(batch, context, layers, args.timeline)
-        rows.append({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()})
-        print(rows[-1], flush=True)
+        for quiet in (True, False) if resident >= 1.0 else (False,):
+            row = {"requests": batch, "context": context, "resident": resident, "outside": outside, "quiet": quiet}
+            row |= Case(batch, context, resident, outside, quiet, frames, host).time(layers, args.timeline)
+            if quiet:
+                row["fa3_us"] = time_fa3(batch, context, layers, args.timeline)
+            rows.append({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()})
+            print(rows[-1], flush=True)
     gpu = torch.cuda.get_device_name()
     print(json.dumps({"benchmark": "layers", "options": vars(args), "rows": rows, "gpu": gpu, **describe_machine()}))
 

@@ -138,7 +138,7 @@ def launch_all(dtype: torch.dtype, dim: int):
     append_pages.append_pages_gpu(host, frames, frame_of, writes, k, k)
     for keys in (torch.float32, torch.bfloat16):
         gate.gate_token_gpu(
-            weights, new, Tapped(q.to(dtype), k, loc), step, running,
+            weights, new, Tapped(q.to(dtype).flatten(1), k.flatten(1), loc), step, running,
             torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), torch.zeros(*pairs, dim),
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The Triton kernels against torch: test_triton.py runs this file, interpreted or compiled for a GPU."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rheoserve_sgl.ops.attn_gate import gate_keys_torch
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_gpu, attend_split, merge_parts
+from rheoserve_sgl.ops.gpu.begin import tell_step
 from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_token_gpu
 from rheoserve_sgl.ops.gpu.plan import plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
@@ -117,6 +119,23 @@ def test_a_snapshot_is_the_batch():
     assert torch.equal(tables.tail_len.cpu(), torch.cat((batch.tail_len, torch.zeros(2, dtype=torch.int32))))
     assert torch.equal(tables.newest[:4].cpu(), batch.newest)
     assert torch.equal(tables.requests[:4].cpu(), where)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_step_is_told_what_each_request_may_select(asks):
+    table, where, lens, _ = make_batch([1, 64, 65], context=1024, pages=100)
+    where = where.flip(0)  # rows of the token table in another order than the batch's
+    limits, tables = torch.randint(1, 99, (12,), dtype=torch.int32), tables_of(table, where, lens)
+    exchange = Exchange.make(8, 2, 1, 64, 16, pin=DEVICE == "cuda")
+    budgets, weight = torch.full((8,), -1, dtype=torch.int32, device=DEVICE), torch.zeros(1, device=DEVICE)
+    begun = exchange.bell[3, :1]
+    asker = SimpleNamespace(counter=torch.tensor([77], device=DEVICE), begun=begun) if asks else None
+    before = int(begun)
+    tell_step(limits.to(DEVICE), tables.requests, budgets, weight, exchange, 3, 1.5, asker)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(budgets[:3].cpu(), limits[where]) and (budgets[5:] == -1).all()  # two rows of padding
+    assert float(weight) == 1.5 and int(exchange.batch) == 3 and int(begun) == (77 if asks else before)
 
 
 RULES = [

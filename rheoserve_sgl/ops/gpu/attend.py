@@ -109,7 +109,7 @@ def _merge(
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
     count = 0
-    if BESIDE:
+    if BESIDE:  # made by a kernel that the plan has waited for, and attention began after the plan had
         count = tl.load(counts + pair)
     start(EARLY)
     if not BESIDE:
@@ -211,7 +211,7 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, bes
         out: `[batch, kv_heads, group, head_dim]`, any float dtype; lse: `[batch, kv_heads, group]` float32
         host: (count `[batch, kv_heads]`, out, lse float32), the CPU's; None: there is none
         asker: Asker, whose last question is to be answered first; None: nothing is waited for
-        beside: as `attend_split` was called
+        beside: as `attend_split` was called; then the lists are read at once
     """
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows", "weight"])
+@triton.jit(do_not_specialize=["rows", "weight", "batch"])
 def _tell(
     limits, requests, budgets, weight_to, batch_to, counter, begun, rows, weight, batch, ROWS: tl.constexpr,
     ASKS: tl.constexpr,
@@ -25,7 +25,7 @@ def tell_step(limits, requests, budgets, weight_to, exchange, rows: int, weight:
     Args:
         limits: `[slots]` int32, pages that a KV head may select, by row of req_to_token
         requests: `[batch]` int64, rows of it
-        budgets: `[batch]` int32, gets the limits
+        budgets: `[>= batch]` int32, gets the limits
         weight_to: `[1]` float32, gets weight
         exchange: Exchange, pinned, whose `batch` gets rows
         asker: Asker, whose `begun` gets the number of the last question; None: the CPU is not asked
@@ -34,5 +34,5 @@ def tell_step(limits, requests, budgets, weight_to, exchange, rows: int, weight:
     bell = (budgets, budgets) if asker is None else (asker.counter, asker.begun)
     _tell[(1,)](
         limits, requests, budgets, weight_to, exchange.batch, *bell, rows, weight, batch,
-        ROWS=triton.next_power_of_2(batch), ASKS=asker is not None, num_warps=1,
+        ROWS=triton.next_power_of_2(len(budgets)), ASKS=asker is not None, num_warps=1,
     )  # fmt: skip

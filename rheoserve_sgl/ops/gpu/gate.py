@@ -201,7 +201,9 @@ def gate_token_gpu(
         out: `[batch, kv_heads, gate_dim]` float32
     """
     batch, kv_heads, dim = new.k.shape
-    group = tapped.q.numel() // (batch * kv_heads * dim)
+    if len(tapped.q) != batch or tapped.k.shape != (batch, kv_heads * dim):
+        raise ValueError(f"tapped.k is {tuple(tapped.k.shape)} and k {tuple(new.k.shape)}: not the same tokens")
+    group = tapped.q.shape[1] // (kv_heads * dim)
     kind, inputs = _query_form(weights, group, dim)
     q_weights, q_norm, rope, k_weights, k_norm = _or_any(
         out, weights.q, weights.q_norm, weights.rope, weights.k, weights.k_norm
