@@ -6,12 +6,13 @@
 namespace rheo {
 namespace {
 
+using Time = std::chrono::microseconds;
+
 // A request that is expected comes within a step's time; after this long the threads sleep between looks.
-constexpr auto kPatience = std::chrono::seconds(2);
-constexpr auto kNap = std::chrono::milliseconds(1);
-// As long as the step that asks has not begun: one that follows right after another has within this time.
-constexpr auto kBetweenSteps = std::chrono::milliseconds(1);
-constexpr auto kDoze = std::chrono::microseconds(200);
+constexpr Time kPatience = std::chrono::seconds(2), kNap = std::chrono::milliseconds(1);
+// The same as long as the step that asks has not begun. One that follows right after another has within this time: from
+// a step's last question on there are still its last layer, the logits of a large vocabulary, sampling and swaps.
+constexpr Time kBetweenSteps = std::chrono::milliseconds(5), kDoze(200);
 constexpr int kPollsPerClock = 256;  // reading the clock costs more than a look
 
 }  // namespace
@@ -75,9 +76,9 @@ void Doorbell::serve() {
         pool_.keep_polling(begun = patient = true);
         since = std::chrono::steady_clock::now();
       }
-      if (!patient) std::this_thread::sleep_for(begun ? std::chrono::microseconds(kNap) : kDoze);
+      if (!patient) std::this_thread::sleep_for(begun ? kNap : kDoze);
       else if (++polls % kPollsPerClock != 0) relax();
-      else if (std::chrono::steady_clock::now() - since > (begun ? std::chrono::microseconds(kPatience) : kBetweenSteps))
+      else if (std::chrono::steady_clock::now() - since > (begun ? kPatience : kBetweenSteps))
         pool_.keep_polling(patient = false);
     }
     if (!stop_.load()) answer(bell_->asked.load(std::memory_order_acquire));

@@ -259,6 +259,7 @@ def test_two_ranks_decide_alike(checkpoints, dense, tmp_path):
     """Each rank measures its own KV heads; they go by the largest, or their batches would differ."""
     prompts = random_prompts(64, LENGTHS)
     flags = [*FLAGS, "--tp-size", "2", "--rheoserve-token-budget", "1024", "--rheoserve-tpot-slo-ms", "12"]
+    flags += ["--rheoserve-join-patience", "16"]  # for their group, if for nothing else
     with rheo_server(checkpoints.path(), flags, tmp_path, STRICT | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as server:
         with Watch(server) as seen:
             answers = server.tokens(prompts, 60)
