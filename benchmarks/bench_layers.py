@@ -8,12 +8,12 @@ it, with SGLang's own kernel that stores new tokens. `--timeline` prints when on
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from bench_ops import graph_of, seconds
 from machine import describe_machine
 
 from rheoserve_sgl.cache.host_memory import pin_all, zeroed
@@ -27,7 +27,6 @@ Q, KV = KV_HEADS * GROUP * DIM, KV_HEADS * DIM
 BUDGET = 4096 // PAGE
 TAIL = 33  # tokens of the newest page
 SHARED = 12  # layers' worth of weights and frames: more than a cache holds
-REPLAYS = 30
 # Requests, tokens of each, share of the blocks that are resident, share of the budget's best blocks that are not.
 CASES = [(1, 32768, 1.0, 0.0), (1, 65536, 1.0, 0.0), (1, 65536, 0.6, 0.2), (4, 65536, 0.5, 0.1), (10, 65536, 0.4, 0.05)]
 
@@ -49,38 +48,21 @@ class Layers:
             x = torch.nn.functional.rms_norm(x, (WIDTH,))  # as large in each layer: scores that differ
         return x
 
-    def time(self, batch: int, attend, before=lambda: None, timeline=False) -> float:
+    def time(self, batch: int, attend, timeline: bool) -> float:
         """Microseconds of a layer beyond the products."""
         x = torch.randn(batch, WIDTH, dtype=torch.bfloat16, device="cuda")
-        with_attention = self._graph_time(lambda: self.run(x, attend), before, timeline)
-        return with_attention - self._graph_time(lambda: self.run(x, lambda index, q, k, v: q))
 
-    @staticmethod
-    def _graph_time(run, before=lambda: None, timeline=False) -> float:
-        before()
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        times = []
-        for _ in range(REPLAYS):
-            before()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(1000 * start.elapsed_time(end) / LAYERS)
+        def whole():
+            self.run(x, attend)
+
         if timeline:
-            print_timeline(graph, before)
-        return statistics.median(times)
+            print_timeline(graph_of([whole]))
+        return 1e6 * (seconds([whole]) - seconds([lambda: self.run(x, lambda index, q, k, v: q)])) / LAYERS
 
 
-def print_timeline(graph, before):
+def print_timeline(graph):
     """Start and length in microseconds of the kernels of a layer in the middle."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        before()
         graph.replay()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +106,7 @@ class Case:
         self.bell = Doorbell(exchange, [host[:every].flatten(0, 1)] * LAYERS, DIM**-0.5, 14)
         self.asker = Asker(exchange, 10.0, LAYERS)
         self.step = GpuStep(pool, [Rule(Select.BUDGET, 1, 8, BUDGET)] * LAYERS, exchange, self.asker)
+        self.bell.expect(10**6)
         self._begin(quiet)
 
     def _begin(self, quiet: bool):
@@ -144,12 +127,11 @@ class Case:
         def attend(index, q, k, v):
             return self.step.layer(index, q, k, v, loc, DIM**-0.5)
 
-        took = layers.time(self.batch, attend, lambda: self.bell.expect(LAYERS), timeline)
+        took = layers.time(self.batch, attend, timeline)
         self.bell.check()
         if self.asker.late:
             raise RuntimeError(f"the CPU did not answer question {self.asker.late} in time")
-        # (A first run, the replays, and the timeline's one.)
-        asked = (1 + REPLAYS + timeline) * LAYERS
+        asked = int(self.asker.counter)  # by all runs of the layers
         visits = int(self.step.totals[:, 1].sum()) / asked / self.batch / KV_HEADS
         return {"layer_us": took, "waited_us": int(self.asker.waited) / 1000 / asked, "visits_a_head": visits}
 
@@ -181,7 +163,7 @@ def time_fa3(batch: int, context: int, layers: Layers, timeline: bool) -> float 
         where = {"page_table": table, "cache_seqlens": lens, "cu_seqlens_q": starts}
         return flash_attn_with_kvcache(heads, keys, values, **where, **options).view(batch, -1)
 
-    return layers.time(batch, attend, timeline=timeline)
+    return layers.time(batch, attend, timeline)
 
 
 def main():

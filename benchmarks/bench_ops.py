@@ -34,8 +34,8 @@ CALLS = 20  # in a graph, each on its own data
 PINNED = []
 
 
-def seconds(calls) -> float:
-    """Of one call: the median of graphs of all of them, replayed."""
+def graph_of(calls) -> torch.cuda.CUDAGraph:
+    """Of all of them in a row, once they have run."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -43,7 +43,12 @@ def seconds(calls) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    return graph
+
+
+def seconds(calls) -> float:
+    """Of one call: the median of a graph of all of them, replayed."""
+    graph, times = graph_of(calls), []
     for _ in range(10):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

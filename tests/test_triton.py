@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["gpu_kernels.py", "gpu_lists.py", "gpu_prefill.py", "gpu_moves.py", "gpu_step.py", "gpu_synthetic.py"]
+FILES = [
+    *("gpu_kernels.py", "gpu_lists.py", "gpu_moves.py", "gpu_prefill.py", "gpu_step.py", "gpu_synthetic.py"),
+    "gpu_tokens.py",
+]
 
 
 @pytest.mark.parametrize("file", FILES)
