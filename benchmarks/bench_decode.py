@@ -48,7 +48,7 @@ TOKEN_BYTES = 2 * 36 * 8 * 128 * 2
 BLOCK_BYTES, LISTS = 2 * 64 * 128 * 2, 36 * 8
 COUNTS = (
     *("decode_steps", "device_blocks", "host_blocks", "exchanged_bytes"),
-    *("host_attention_seconds", "exposed_wait_seconds"),
+    *("host_attention_seconds", "exposed_wait_seconds", "exchange_wait_seconds"),
 )
 PROFILE_STEPS = 12
 # Of every server with these shapes: there are no weights and no tokenizer.
@@ -157,6 +157,7 @@ def of_a_step(timed: dict, requests: int, context: int, args) -> dict:
         "exchanged_mb_a_step": round(timed["exchanged_bytes"] / 1e6 / steps, 1),
         "host_attention_ms_a_step": round(1000 * timed["host_attention_seconds"] / steps, 2),
         "exposed_wait_ms_a_step": round(1000 * timed["exposed_wait_seconds"] / steps, 2),
+        "exchange_wait_ms_a_step": round(1000 * timed["exchange_wait_seconds"] / steps, 2),
     }
 
 

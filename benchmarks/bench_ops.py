@@ -177,6 +177,54 @@ def asking() -> dict[str, float]:
     }
 
 
+def transferring(requests: int) -> dict[str, float]:
+    """Microseconds that a layer's kernels take longer where all heads of so many requests ask: to write the questions
+    to pinned memory, and to read the answers from there; and the copy engine's for as much, in two copies each."""
+    pairs, pages = (requests, KV_HEADS), 8
+    exchange = Exchange.make(*pairs, GROUP, DIM, pages, pin=True)
+    tables = Tables.make(requests, pages, "cuda")
+    tables.pages.copy_(torch.arange(requests * pages, device="cuda").view(requests, -1) + 1)
+    tables.n_pages.fill_(pages)
+    tables.tail_len.fill_(PAGE)
+    visit = Visit(*(torch.zeros_like(t, device="cuda") for t in vars(exchange.visit).values()))
+    visited, totals = torch.zeros_like(visit.count), torch.zeros((requests, 3), dtype=torch.int64, device="cuda")
+    q = torch.randn(*pairs, GROUP, DIM, device="cuda").bfloat16()
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device="cuda")
+    split = SplitRoom(requests * KV_HEADS, GROUP, DIM, "cuda").split(requests * KV_HEADS)
+    all_pages = requests * pages + 1
+    importance, rule = torch.zeros(all_pages, KV_HEADS, device="cuda"), Rule(Select.ALL, 1, 1)
+
+    def plan(frame: int) -> float:
+        """With all pages in frames, or none."""
+        frame_of = torch.full((all_pages, KV_HEADS), frame, dtype=torch.int32, device="cuda")
+        visited.zero_()
+
+        def call():
+            plan_gpu(
+                rule, q, tables, None, frame_of, importance, importance, totals, exchange, visit, visited, totals
+            )  # fmt: skip
+
+        return seconds([call] * CALLS)
+
+    def merge(count: int) -> float:
+        counts = torch.full_like(visited, count)
+        return seconds([lambda: merge_parts(visit, split, out, lse, (counts, exchange.out, exchange.lse))] * CALLS)
+
+    asks, lists = torch.zeros_like(exchange.q, device="cuda"), torch.zeros_like(exchange.visit.blocks, device="cuda")
+    answer, sums = torch.zeros_like(exchange.out, device="cuda"), torch.zeros_like(exchange.lse, device="cuda")
+
+    def copy(*both) -> float:
+        return seconds([lambda: [to.copy_(source, non_blocking=True) for to, source in both]] * CALLS)
+
+    taken = {
+        "ask": plan(-1) - plan(0),
+        "answer": merge(1) - merge(0),
+        "copied_ask": copy((exchange.q, asks), (exchange.visit.blocks, lists)),
+        "copied_answer": copy((answer, exchange.out), (sums, exchange.lse)),
+    }
+    return {"requests": requests} | {name: 1e6 * took for name, took in taken.items()}
+
+
 def swapping(requests: int = 8, pages: int = 512) -> float:
     """Microseconds of a step's swaps over all layers, without the copies: half of the blocks resident, and another
     order of importance each time, so that all that may swap does."""
@@ -263,9 +311,11 @@ def main():
             }
             rows.append({name: round(v, 3) if isinstance(v, float) else v for name, v in row.items()})
             print(rows[-1], flush=True)
-    bell, swaps = asking(), swapping()
+    bell, swaps, transfers = asking(), swapping(), [transferring(requests) for requests in (1, 10, 48)]
     moves = {f"{2 * PAGE * dim * 2 // 1024} KiB": moving(frames, dim) for dim in (DIM // 2, DIM)}
     print("asking with nothing to visit, us:", {name: round(us, 1) for name, us in bell.items()})
+    for row in transfers:
+        print("a layer's question and answer, us:", {name: round(us, 1) for name, us in row.items()})
     print(f"swaps of a step over {LAYERS} layers, 8 requests of 32K: {swaps:.0f} us")
     for size, found in moves.items():
         print(f"blocks of {size} over PCIe, GB/s:", {name: round(rate, 1) for name, rate in found.items()})
@@ -275,6 +325,7 @@ def main():
         "device_gb_s": {name: rate / 1e9 for name, rate in rates.items()},
         "cases": rows,
         "asking_us": bell,
+        "transfers_us": transfers,
         "swaps_us": swaps,
         "pcie_gb_s": moves,
         "gpu": torch.cuda.get_device_name(),

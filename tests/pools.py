@@ -6,6 +6,7 @@ from rheoserve_sgl.cache.allocator import TwoTierAllocator
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.config import RheoConfig
 from rheoserve_sgl.coordinator.coordinator import Coordinator
+from rheoserve_sgl.coordinator.exchange import SWAP_BYTES
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.ops.pool_keys import pool_keys
 
@@ -42,6 +43,8 @@ def refresh_keys(pool, layer: int, pages: torch.Tensor, filled: torch.Tensor):
 
 class SlowLane:
     """Blocks that move while other things happen: for a CPU, what the coordinator's lane is on a GPU."""
+
+    swap_bytes = SWAP_BYTES
 
     def __init__(self, pool):
         self.pool, self.moves, self.copied, self.more = pool, None, False, None

@@ -17,10 +17,11 @@ from test_plan import listed
 from test_score import table
 
 from rheoserve_sgl.cache.host_store import HostStore
-from rheoserve_sgl.coordinator.exchange import equal_shares
+from rheoserve_sgl.coordinator.exchange import SWAP_BYTES, equal_shares
 from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.ops import prefill
 from rheoserve_sgl.ops.attention import attend_cpu, attend_tiers
+from rheoserve_sgl.ops.gpu.tables import Tables
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.score import score
 from rheoserve_sgl.runtime.batch import Batch
@@ -132,6 +133,43 @@ def test_an_exchange_does_not_wait_for_the_gpu():
     assert counts["exchanges"] >= 3 and counts["exchanges_failed"] == 0
     shares = equal_shares(batch.n_pages, pool.frame_count // pool.head_num)
     assert pool.residency.used == int(shares.sum()) * pool.head_num * pool.layer_num
+
+
+def test_swaps_move_what_steps_have_time_for():
+    """Steps of no work wait for the copies of the one before, until these are small; with time they grow again."""
+    pool, _ = make_pool(64 * 8000, 64 * 4000, "cuda", dtype=torch.float16, exchange_interval=1000, window_tokens=64)
+    lane, pages = pool.coordinator.lane, torch.randperm(7999, device="cuda") + 1
+    table = (pages[:, None] * 64 + torch.arange(64, device="cuda")).view(1, -1).int()
+    batch = Batch.build(
+        table, torch.zeros(1, dtype=torch.int64, device="cuda"), pages.new_tensor([7999 * 64]), 7999 * 64, 1, 1
+    )
+    tables = Tables.make(1, 7999, "cuda")
+    tables.pages.copy_(batch.pages)
+    tables.n_pages.fill_(7999)
+
+    def steps(count: int, cycles: int) -> float:
+        """Seconds that each waited."""
+        before = lane.late_seconds
+        for _ in range(count):
+            pool.coordinator.begin_decode(lambda: batch)
+            pool.importance.uniform_(1, 2).mul_(pool.coordinator.weight)
+            pool.coordinator.swap(tables)
+            torch.cuda._sleep(cycles)
+        torch.cuda.synchronize()
+        pool.coordinator.begin_decode(lambda: batch)
+        pool.coordinator.swap(tables)
+        torch.cuda.synchronize()
+        return (lane.late_seconds - before) / count
+
+    steps(1, 1000)  # the first shares out the frames, and compiles
+    torch.cuda._sleep(10**9)  # the CPU runs ahead, so that the GPU does not wait for it
+    large = steps(20, 1000)
+    assert large > 0.001 and lane.swap_bytes < 64 << 20, (large, lane.swap_bytes)
+    torch.cuda._sleep(10**9)
+    small = steps(20, 1000)
+    assert small < large / 2, (small, large)
+    assert steps(60, 3 * 10**7) < 1e-4 and lane.swap_bytes == SWAP_BYTES
+    assert pool.coordinator.counts["exchanges_failed"] == 0
 
 
 LENGTHS = (1, 64, 129, 1000, 6000, 12000)

@@ -13,7 +13,7 @@ from rheoserve_sgl.runtime.telemetry import COUNTERS, GAUGES, PREFIX
 
 pytestmark = pytest.mark.server
 MONITORING = Path(__file__).parents[1] / "docs" / "monitoring"
-ON_A_GPU = {"exposed_wait_seconds"}
+ON_A_GPU = {"exposed_wait_seconds", "exchange_wait_seconds"}
 
 
 def test_counters_grow_with_the_work_and_agree_with_server_info(full):

@@ -18,7 +18,6 @@ from rheoserve_sgl.coordinator.attended import Attended
 from rheoserve_sgl.coordinator.exchange import (
     BEFORE_BYTES,
     BESIDE_BYTES,
-    SWAP_BYTES,
     equal_shares,
     rank_blocks,
     wanted_blocks,
@@ -242,7 +241,7 @@ class Coordinator:
     def swap_now(self, tables):
         """As `swap`, at any time. Raises what went wrong."""
         pool, pairs = self.pool, len(tables.pages) * self.pool.head_num
-        bound = self._blocks(SWAP_BYTES)
+        bound = self._blocks(self.lane.swap_bytes)
         most = max(bound // pairs, 1)
         newest, others = swap_blocks(self._ranking, pool.residency, pool.importance, tables, most, LEAST * self.weight)
         try:

@@ -8,7 +8,7 @@ HYSTERESIS = 1.25
 BEHIND = 1e-6  # of what matters, what is behind it
 TINY = 1e-30  # of blocks that nobody has selected yet the resident ones stay
 # At most this much is copied at once, over all layers; the rest follows with the next exchange: before a step, beside
-# steps (40 ms over PCIe), and by a step's swaps (10 ms, about a step).
+# steps (40 ms over PCIe), and by a step's swaps (10 ms; less where steps are shorter, see `Lane`).
 BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
 
 

@@ -5,22 +5,35 @@ writes what is copied, and a step reads what a swap has brought to a layer so fa
 dropped meanwhile is not admitted (Residency.admit).
 """
 
+from collections import deque
+
 import torch
 
 from rheoserve_sgl.cache.pool import TwoTierKVPool
 from rheoserve_sgl.cache.residency import Moves
+from rheoserve_sgl.coordinator.exchange import SWAP_BYTES
+
+LEAST_BYTES = 1 << 20
+LATE = 5e-5  # seconds that a step may wait for the copies of the step before
+LESS, MORE = 0.5, 1.25  # what a swap may move after a step that waited longer, and after one that did not
 
 
 class Lane:
-    """One exchange at a time."""
+    """One exchange at a time.
+
+    swap_bytes: what the next step's swaps may move; a short step or a slow bus makes it less
+    late_seconds: that the GPU has waited for copies, as far as it has been seen
+    """
 
     def __init__(self, pool: TwoTierKVPool):
         self._pool = pool
         self._stream = torch.cuda.Stream()
-        self._done = torch.cuda.Event()
+        self._done = timed_event()
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = deque()
+        self.swap_bytes, self.late_seconds = SWAP_BYTES, 0.0
         self._moves: Moves | None = None
         self._more = torch.zeros((), dtype=torch.bool, pin_memory=True)
-        self._short = False
+        self._short = self._swaps = False
 
     @property
     def busy(self) -> bool:
@@ -31,10 +44,11 @@ class Lane:
 
         Args:
             more: bool on the device, whether other blocks wait for their turn
-            short: whether the copies take no longer than a step
+            short: whether they are a step's swaps, no more than `swap_bytes`: the next step waits for their rest
         """
+        self._look()
         self._moves = moves  # also keeps them alive while the stream reads them
-        self._short = short
+        self._short = self._swaps = short
         forward = torch.cuda.current_stream()
         try:
             self._more.fill_(False)
@@ -44,6 +58,7 @@ class Lane:
             self._stream.wait_stream(forward)
             with torch.cuda.stream(self._stream):
                 self._pool.fill(moves, beside=True)
+            self._done = timed_event()
             self._done.record(self._stream)
         except BaseException:
             forward.wait_stream(self._stream)  # what began to copy must not write to frames that are free again
@@ -62,7 +77,24 @@ class Lane:
         """
         if self._moves is None or not (self._short or self._done.query()):
             return False
-        torch.cuda.current_stream().wait_event(self._done)
+        forward, came = torch.cuda.current_stream(), timed_event()
+        came.record(forward)
+        forward.wait_event(self._done)
+        self._waits.append((came, self._done, self._swaps))
         self._pool.residency.admit(self._moves)
         self._moves = None
         return not self._short and bool(self._more)
+
+    def _look(self):
+        """How long steps waited for copies, as far as the GPU has come, and what the next may move for it."""
+        while self._waits and all(event.query() for event in self._waits[0][:2]):
+            came, done, swaps = self._waits.popleft()
+            late = came.elapsed_time(done) / 1000  # negative: done before
+            self.late_seconds += max(late, 0.0)
+            if swaps:
+                wanted = int(self.swap_bytes * (LESS if late > LATE else MORE))
+                self.swap_bytes = min(max(wanted, LEAST_BYTES), SWAP_BYTES)
+
+
+def timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)

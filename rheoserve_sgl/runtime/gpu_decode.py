@@ -53,13 +53,17 @@ class GpuDecode:
         self.step.begin(req_to_token, slots, lens, rows, batch, limits, self.coordinator.weight)
 
     def times(self, waited: int | None = None) -> dict:
-        """Seconds that the CPU's threads attended, and that the GPU waited for them.
+        """Seconds that the CPU's threads attended, and that the GPU waited for them and for copies.
 
         Args:
-            waited: nanoseconds of the latter, where they were read before; None: the GPU is asked for them
+            waited: nanoseconds of the second, where they were read before; None: the GPU is asked for them
         """
         waited = int(self.asker.waited) if waited is None else waited
-        return {"host_attention_seconds": self.doorbell.busy_seconds, "exposed_wait_seconds": waited / 1e9}
+        return {
+            "host_attention_seconds": self.doorbell.busy_seconds,
+            "exposed_wait_seconds": waited / 1e9,
+            "exchange_wait_seconds": self.coordinator.lane.late_seconds,
+        }
 
     def expect(self):
         """A step's questions are about to come."""

@@ -27,6 +27,7 @@ COUNTERS = {
     "host_attention_seconds": "Seconds in which the CPU attended to blocks.",
     "selection_seconds": "Seconds in which blocks were scored and picked (on a CPU alone).",
     "exposed_wait_seconds": "Seconds in which the GPU waited for the CPU's attention (on a GPU only).",
+    "exchange_wait_seconds": "Seconds in which the GPU waited for blocks on their way into frames (on a GPU only).",
 }
 GAUGES = {
     "frames": "Frames on the device, each for one block.",
