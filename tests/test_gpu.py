@@ -138,14 +138,14 @@ def test_an_exchange_does_not_wait_for_the_gpu():
 def test_swaps_move_what_steps_have_time_for():
     """Steps of no work wait for the copies of the one before, until these are small; with time they grow again."""
     pool, _ = make_pool(64 * 8000, 64 * 4000, "cuda", dtype=torch.float16, exchange_interval=1000, window_tokens=64)
-    lane, pages = pool.coordinator.lane, torch.randperm(7999, device="cuda") + 1
-    table = (pages[:, None] * 64 + torch.arange(64, device="cuda")).view(1, -1).int()
-    batch = Batch.build(
-        table, torch.zeros(1, dtype=torch.int64, device="cuda"), pages.new_tensor([7999 * 64]), 7999 * 64, 1, 1
-    )
-    tables = Tables.make(1, 7999, "cuda")
+    lane, requests, each = pool.coordinator.lane, 16, 500
+    pages = (torch.randperm(requests * each, device="cuda") + 1).view(requests, -1)
+    table = (pages[:, :, None] * 64 + torch.arange(64, device="cuda")).flatten(1).int()
+    lens = torch.full((requests,), each * 64, device="cuda")
+    batch = Batch.build(table, torch.arange(requests, device="cuda"), lens, each * 64, 1, 1)
+    tables = Tables.make(requests, each, "cuda")
     tables.pages.copy_(batch.pages)
-    tables.n_pages.fill_(7999)
+    tables.n_pages.fill_(each)
 
     def steps(count: int, cycles: int) -> float:
         """Seconds that each waited."""
@@ -164,7 +164,7 @@ def test_swaps_move_what_steps_have_time_for():
     steps(1, 1000)  # the first shares out the frames, and compiles
     torch.cuda._sleep(10**9)  # the CPU runs ahead, so that the GPU does not wait for it
     large = steps(20, 1000)
-    assert large > 0.001 and lane.swap_bytes < 64 << 20, (large, lane.swap_bytes)
+    assert large > 0.0005 and lane.swap_bytes < 64 << 20, (large, lane.swap_bytes)
     torch.cuda._sleep(10**9)
     small = steps(20, 1000)
     assert small < large / 2, (small, large)
