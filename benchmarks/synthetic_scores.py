@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.ops.gpu.early import early, let_next, wait
+from rheoserve_sgl.ops.gpu.early import early, start
 from rheoserve_sgl.ops.gpu.score import PAGES
 
 SPREAD = 8.0  # of the logits
@@ -45,8 +45,7 @@ def _draw(
     kv_heads, heads, max_pages, tiles,
     PAGES: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next(EARLY)  # attention begins, as beside `score_tiles` alone
-    wait(EARLY)
+    start(EARLY)
     pair, tile = tl.program_id(0), tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)
@@ -69,8 +68,7 @@ def _replay(
     steps, words, trace_layers, trace_heads, trace_pages, kv_heads, heads, max_pages, tiles,
     PAGES: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    let_next(EARLY)  # attention begins, as beside `score_tiles` alone
-    wait(EARLY)
+    start(EARLY)
     pair, tile = tl.program_id(0), tl.program_id(1)
     row = pair // kv_heads
     count = tl.load(n_pages + row)

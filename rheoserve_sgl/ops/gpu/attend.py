@@ -29,9 +29,9 @@ def _part_length(count, parts, FEWEST: tl.constexpr):
 
 @triton.jit
 def _attend_split(
-    q, blocks, lists, counts, last_len, acc_out, lse_out, told, scale, max_list, group,
+    q, blocks, lists, counts, last_len, acc_out, lse_out, scale, max_list, group,
     DIM: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, FEWEST: tl.constexpr,
-    BESIDE: tl.constexpr, TOLD: tl.constexpr, EARLY: tl.constexpr,
+    BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next(EARLY)
     if not BESIDE:
@@ -51,10 +51,6 @@ def _attend_split(
         top = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         acc = tl.zeros([HEADS, WIDE], tl.float32)
-        if TOLD:  # the newest token is being written, by a program that has begun
-            if first + split >= count:
-                while tl.atomic_add(told + pair, 0, sem="acquire", scope="gpu") == 0:
-                    pass
         for i in range(first, tl.minimum(first + split, count)):
             block = tl.load(lists + pair.to(tl.int64) * max_list + i).to(tl.int64)
             at = blocks + block * (2 * TOKENS * DIM)
@@ -104,23 +100,20 @@ def _wait(counter, seen, late, report, waited, answered, limit):
 
 @triton.jit
 def _merge(
-    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, told, parts, group,
+    counts, acc_in, lse_in, host_counts, host_out, host_lse, out, lse, parts, group,
     counter, rung, seen, late, report, waited, answered, limit,
     WAIT: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, FEWEST: tl.constexpr, PARTS: tl.constexpr,
-    BESIDE: tl.constexpr, TOLD: tl.constexpr, EARLY: tl.constexpr,
+    BESIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     head = tl.program_id(1)
     dim = tl.arange(0, WIDE)
     count = 0
-    if BESIDE:  # made by a kernel that has ended before attention began
+    if BESIDE:  # made by a kernel that the plan has waited for, and attention began after the plan had
         count = tl.load(counts + pair)
     start(EARLY)
     if not BESIDE:
         count = tl.load(counts + pair)
-    if TOLD:
-        if head == 0:
-            tl.store(told + pair, 0)  # until the next layer's
     # (Before the parts, so that nothing waits for them later.)
     visited = tl.load(host_counts + pair) > 0
     asked = tl.load(rung) > 0
@@ -191,7 +184,7 @@ def parts_of(pairs: int) -> int:
     return min(max(PROGRAMS // max(pairs, 1), 1), PARTS)
 
 
-def attend_split(q, blocks, visit: Visit, split: Split, scale: float, beside: bool = False, told=None):
+def attend_split(q, blocks, visit: Visit, split: Split, scale: float, beside: bool = False):
     """Attend to each part of each list.
 
     Products are of the blocks' dtype: queries and weights are rounded to it.
@@ -200,19 +193,17 @@ def attend_split(q, blocks, visit: Visit, split: Split, scale: float, beside: bo
         q: `[batch, kv_heads, group, head_dim]`, any float dtype, group at most 16
         blocks: `[n, 2, 64, head_dim]`, where the GPU can read it
         beside: whether the kernel launched right before, a `plan_gpu`, writes none of this, so that both run at once
-        told: `[batch * kv_heads]` int32, see `score_tiles`, where that runs meanwhile too: not 0 once a list's last
-            block is written; None: all are
     """
     batch, kv_heads, group, dim = q.shape
     _attend_split[(batch * kv_heads, split.lse.shape[1])](
-        q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse,
-        visit.count if told is None else told, scale, visit.blocks.shape[-1], group,
+        q, blocks, visit.blocks, visit.count, visit.last_len, split.acc, split.lse, scale,
+        visit.blocks.shape[-1], group,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), TOKENS=PAGE_TOKENS, HEADS=HEADS, FEWEST=FEWEST,
-        BESIDE=beside, TOLD=told is not None, **early(q.device),
+        BESIDE=beside, **early(q.device),
     )  # fmt: skip
 
 
-def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, beside: bool = False, told=None):
+def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, beside: bool = False):
     """Merge the parts, and the CPU's part of the lists that have one.
 
     Args:
@@ -221,7 +212,6 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, bes
         host: (count `[batch, kv_heads]`, out, lse float32), the CPU's; None: there is none
         asker: Asker, whose last question is to be answered first; None: nothing is waited for
         beside: as `attend_split` was called; then the lists are read at once
-        told: likewise; is 0 again afterwards
     """
     batch, kv_heads, group, dim = out.shape
     count, host_out, host_lse = host or (torch.zeros_like(visit.count), split.acc, split.lse)
@@ -239,10 +229,9 @@ def merge_parts(visit: Visit, split: Split, out, lse, host=None, asker=None, bes
     else:
         bell = (*[count] * 7, 0)
     _merge[(batch * kv_heads, group)](
-        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, count if told is None else told,
-        split.lse.shape[1], group, *bell,
+        visit.count, split.acc, split.lse, count, host_out, host_lse, out, lse, split.lse.shape[1], group, *bell,
         WAIT=asker is not None, DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), FEWEST=FEWEST,
-        PARTS=triton.next_power_of_2(split.lse.shape[1]), BESIDE=beside, TOLD=told is not None, **early(out.device),
+        PARTS=triton.next_power_of_2(split.lse.shape[1]), BESIDE=beside, **early(out.device),
     )  # fmt: skip
 
 

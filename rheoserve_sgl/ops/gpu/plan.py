@@ -11,7 +11,7 @@ import triton.language as tl
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.cache.residency import ARRIVING
 from rheoserve_sgl.ops.gpu.ask import ring
-from rheoserve_sgl.ops.gpu.early import early, let_next, start, wait
+from rheoserve_sgl.ops.gpu.early import early, start
 from rheoserve_sgl.ops.gpu.listing import Listing, blocks_of, length_of_last, list_resident, with_arrived
 from rheoserve_sgl.ops.gpu.move import BESIDE
 from rheoserve_sgl.ops.gpu.score import PAGES
@@ -105,12 +105,10 @@ def _plan(
     counter, asks, rung, bell, layers, kv_heads, heads, q_heads, max_pages, tiles, sink, window, log_threshold,
     SELECT: tl.constexpr, SELECTED_ONLY: tl.constexpr, LISTS: tl.constexpr, RECORD: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-    NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    NP: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr,
     RING: tl.constexpr, ARRIVING: tl.constexpr, COPIERS: tl.constexpr, NEXT: tl.constexpr, NEXT_COPIERS: tl.constexpr,
     FIRST: tl.constexpr, STEP: tl.constexpr, DIGITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if AHEAD:
-        let_next(EARLY)
     # What neither the kernel in front nor the one before that writes is read while they run.
     pair = tl.program_id(0)
     row = pair // kv_heads
@@ -129,10 +127,7 @@ def _plan(
         seen = tl.atomic_add(came, 0, sem="acquire") if LISTS else tl.load(came + pair)
         frame = with_arrived(frame, seen, ARRIVING, COPIERS)
         newest_frame = with_arrived(newest_frame, seen, ARRIVING, COPIERS)
-    if AHEAD:
-        wait(EARLY)
-    else:
-        start(EARLY)
+    start(EARLY)
     forced = valid & ((at < sink) | (at >= count - 1 - window))
     n_forced = tl.minimum(count, sink + 1 + window)
     score = tl.zeros([NP], tl.float32)
@@ -202,7 +197,7 @@ def _plan(
 
 def plan_gpu(
     rule: Rule, q, tables, scratch, frame_of, importance, weight, budgets, exchange, device, visited, totals,
-    asker=None, arrived=None, following: Listing | None = None, ahead: bool = False,
+    asker=None, arrived=None, following: Listing | None = None,
 ):  # fmt: skip
     """Select, record, fill the lists, and ask the CPU.
 
@@ -230,8 +225,6 @@ def plan_gpu(
         arrived: `[1]` int32, how many of the programs that copy beside the step are done with this layer; without
             `device`, `[batch, kv_heads]`, how many were when each list was made; None: nothing is copied
         following: Listing of another layer, the lists of which are made besides, of the same tables
-        ahead: whether the kernel launched right after needs nothing of this one, nor of the one in front, before it
-            waits: it may begin beside both
     """
     if device is None and rule.selected_only:
         raise ValueError("the resident lists of a rule with selected_only are made from its selection")
@@ -253,8 +246,8 @@ def plan_gpu(
         rule.sink_pages, rule.window_pages, rule.log_threshold,
         SELECT=int(rule.select), SELECTED_ONLY=rule.selected_only, LISTS=device is not None, RECORD=record,
         DIM=dim, WIDE=triton.next_power_of_2(dim), TILES=max(triton.next_power_of_2(tiles), 1), PAGES=PAGES,
-        HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, AHEAD=ahead,
-        RING=asker is not None, ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
+        HEADS=triton.next_power_of_2(heads), NP=width, QUERIES=QUERIES, TOKENS=PAGE_TOKENS, RING=asker is not None,
+        ARRIVING=ARRIVING, COPIERS=0 if arrived is None else BESIDE,
         NEXT=following is not None, NEXT_COPIERS=following.copiers if following else 0,
         FIRST=FIRST, STEP=HALF_OCTAVE, DIGITS=DIGITS, num_warps=warps_of(width), **early(q.device),
     )  # fmt: skip

@@ -19,9 +19,9 @@ KINDS = {"dot": 0, "range": 1}  # keys [key_dim], or Quest's [max, min] met by b
 @triton.jit
 def _score(
     q, pages, n_pages, quiet, logits, tile_max, tile_sum, host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
-    told, scale, kv_heads, heads, max_pages, tiles,
+    scale, kv_heads, heads, max_pages, tiles,
     DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-    APPEND: tl.constexpr, TOKENS: tl.constexpr, TELLS: tl.constexpr, EARLY: tl.constexpr,
+    APPEND: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     # The page table is read while the kernels in front run, which do not write it.
     pair = tl.program_id(0)
@@ -39,8 +39,6 @@ def _score(
                 kv_heads, APPEND, DIM, WIDE, TOKENS,
             )  # fmt: skip
             tl.debug_barrier()  # the newest page's key is read by other threads
-            if TELLS:
-                tl.atomic_xchg(told + pair, 1, sem="release", scope="gpu")
     if (tile * PAGES < count) & (rests == 0):
         dim = tl.arange(0, WIDE)
         valid = at < count
@@ -84,7 +82,7 @@ def _score(
                 tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top), 0))
 
 
-def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewTokens | None = None, told=None):
+def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewTokens | None = None):
     """Fill the logits and tile sums of `scratch`, but for quiet requests.
 
     The kernel launched right before must not write to tables: they are read while it runs.
@@ -94,8 +92,6 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewToke
         quick: `[all_pages, kv_heads, dim]`, any float dtype; `2 * dim` for kind "range"
         new: each request's newest token, which is appended, also of quiet ones, and taken into its page's key (float32
             or, for kind "range", of the dtype of k) before that is scored: a mean for kind "dot"; None: all are there
-        told: `[batch * kv_heads]` int32, set to 1 where a token has been appended, for attention that has begun; None:
-            nobody is told
     """
     batch, kv_heads, heads, dim = q.shape
     max_pages = tables.pages.shape[1]
@@ -105,8 +101,8 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewToke
     added = (*(q,) * 6, quick, 0, 0) if new is None else new.arguments(quick)
     _score[(batch * kv_heads, tiles)](
         q, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, *added,
-        tables.n_pages if told is None else told, scale, kv_heads, heads, max_pages, tiles,
+        scale, kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
-        HEADS=HEADS if tensor_cores else 0, APPEND=KEYS[appended], TOKENS=PAGE_TOKENS, TELLS=told is not None,
+        HEADS=HEADS if tensor_cores else 0, APPEND=KEYS[appended], TOKENS=PAGE_TOKENS,
         num_warps=2, **early(q.device),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """One decode step on a GPU with the CPU beside it: memory that stays where it is, and a layer's kernels in order.
 
 `begin` runs before each step, outside the CUDA graph; `layer` is captured. Attention over what is resident begins while
-blocks are still being scored and the CPU's part selected.
+the CPU's part is still being selected.
 """
 
 import torch
@@ -54,7 +54,6 @@ class GpuStep:
         self.budgets = torch.zeros(batch, dtype=torch.int32, device=device)
         self.weight = torch.ones(1, dtype=torch.float32, device=device)  # of this step's scores in the importance
         self.totals = torch.zeros((batch, 3), dtype=torch.int64, device=device) if totals is None else totals
-        self.told = torch.zeros(batch * kv_heads, dtype=torch.int32, device=device)  # see `score_tiles`
         self.kind = pool.gate.kind
         self.selects = any(rule.needs_scores for rule in rules)
         self.rests = self.selects and self.beside
@@ -97,12 +96,8 @@ class GpuStep:
         if self.beside and index == 0:
             list_gpu(own)
         new, scratch = NewTokens(pool.host.layers[index], pool.frames.layers[index], own.frame_of, loc, k, v), None
-        # Attention begins beside the scores, and hears of the newest token from the kernel that appends it: without
-        # scores that is the one in front, and a learned gate's has ended before there are scores.
-        ahead = self.beside and self.selects
-        told = self.told if ahead and self.kind != "seer" else None
         if self.selects:
-            scratch = self.score(index, heads, tables, scale, tapped, new, told)
+            scratch = self.score(index, heads, tables, scale, tapped, new)
         else:
             append_gpu(new)
         if pool.canary is not None:
@@ -111,15 +106,15 @@ class GpuStep:
         following = self.listing(index + 1, tables) if self.beside and index + 1 < len(self.rules) else None
         plan_gpu(
             rule, heads, tables, scratch, own.frame_of, pool.importance[index], self.weight, self.budgets,
-            self.exchange, visit, self.visited[:batch], self.totals, self.asker, arrived, following, ahead,
+            self.exchange, visit, self.visited[:batch], self.totals, self.asker, arrived, following,
         )  # fmt: skip
         split = self.room.split(batch * kv_heads)
-        attend_split(heads, pool.frames.layers[index], own.visit, split, scale, self.beside, told)
+        attend_split(heads, pool.frames.layers[index], own.visit, split, scale, self.beside)
         if self.asker is None:
             self.answer()
         out = torch.empty((batch, kv_heads, group, dim), dtype=q.dtype, device=q.device)
         host = self.visited, self.exchange.out, self.exchange.lse
-        merge_parts(own.visit, split, out, self.lse, host, self.asker, self.beside, told)
+        merge_parts(own.visit, split, out, self.lse, host, self.asker, self.beside)
         return out.view(batch, -1)
 
     def listing(self, index: int, tables: Tables) -> Listing:
@@ -128,18 +123,16 @@ class GpuStep:
         arrived = pool.arrived[index : index + 1]
         return Listing(tables, pool.residency.frame_of[index], arrived, visit, self.seen[index % 2])
 
-    def score(self, index: int, heads, tables: Tables, scale: float, tapped=None, new=None, told=None) -> Scratch:
+    def score(self, index: int, heads, tables: Tables, scale: float, tapped=None, new=None) -> Scratch:
         """Score the blocks in `tables` for one query of each request.
 
         Args:
             heads: `[batch, kv_heads, group, head_dim]`, queries; tapped: Tapped, the same before RoPE
             new: NewTokens, appended and taken into their pages' keys before; None: all are there
-            told: as in `score_tiles`; None with a learned gate
         """
         quick = self.pool.quick.layers[index]
         if self.kind != "seer":
-            kind = "range" if self.kind == "max_min" else "dot"
-            score_tiles(heads, quick, tables, self.scratch, scale, kind, new, told)
+            score_tiles(heads, quick, tables, self.scratch, scale, "range" if self.kind == "max_min" else "dot", new)
             return self.scratch
         gate, query = self.pool.gate, self.gate_q[: len(heads)]
         weights: GateWeights = gate.layers[index]
