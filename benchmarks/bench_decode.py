@@ -3,7 +3,9 @@ memory for KV.
 
 Real servers, one after another, each for all contexts; weights are random (`--load-format dummy`), and so are the
 prompts. RheoServe's selection is synthetic (synthetic_scores.py): of a given churn a step, or with `--systems traced`
-what a real model selected (traces/); with `--systems quest` it is what the random weights give.
+what a real model selected (traces/); with `--systems quest` it is what the random weights give. Beside a synthetic
+selection the gate's own scores are computed, so that their cost is paid: Quest's, or with `--gate learned` those of a
+gate of random weights in SeerAttention-R's shapes.
 Each system decodes as many requests at once as it holds, up to `--requests`. Tokens/s is the difference between a long
 and a short generation after the same cached prompts, so that prefill and HTTP cancel out, and with `--warm` the first
 tokens too, while RheoServe's frames fill: `warm_ms` tells what a step costs then. What one row leaves in RheoServe's
@@ -21,9 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
+import torch
 from machine import describe_machine
 from serving import Server, random_prompts
 from step_split import kernels_of, split_step
+
+from rheoserve_sgl.gate.checkpoint import GateConfig, ModelShape, write_gate
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -78,6 +83,8 @@ def systems(args, folder: Path) -> dict[str, tuple[list[str], list[str] | None]]
         str(args.budget),
         *args.rheo.split(),
     ]
+    if args.gate == "learned":
+        rheo += ["--rheoserve-gate-path", str(folder / "gate")]
     hicache = ["--enable-hierarchical-cache", "--hicache-size", f"{host_gb:.0f}"]
     every = {
         "sglang": ([*own, "--attention-backend", args.peer], None),
@@ -87,6 +94,21 @@ def systems(args, folder: Path) -> dict[str, tuple[list[str], list[str] | None]]
         "traced": ([*rheo, "--rheoserve-window-tokens", "256"], [sys.executable, str(SYNTHETIC), str(args.trace)]),
     }
     return {name: every[name] for name in args.systems}
+
+
+def write_random_gate(path: Path):
+    """A learned gate for the model, as published ones are."""
+    model = ModelShape(
+        layers=QWEN3_8B["num_hidden_layers"],
+        heads=QWEN3_8B["num_attention_heads"],
+        kv_heads=QWEN3_8B["num_key_value_heads"],
+        head_dim=QWEN3_8B["head_dim"],
+    )
+    config = GateConfig()
+    layers = [
+        {name: 0.02 * torch.randn(shape) for name, shape in config.shapes(model).items()} for _ in range(model.layers)
+    ]
+    write_gate(path, config, layers, "random weights")
 
 
 def room(context: int, args) -> int:
@@ -240,6 +262,9 @@ def main():
         default=[0.05],
         help="of the selection, a step; after the first one only for all requests at once",
     )
+    parser.add_argument(
+        "--gate", choices=["quest", "learned"], default="quest", help="whose cost a synthetic selection has"
+    )
     parser.add_argument("--trace", type=Path, default=TRACE, help="a packed trace (traces/pack.py)")
     parser.add_argument("--budget", type=int, default=4096, help="tokens selected per KV head")
     parser.add_argument("--warm", type=int, default=64, help="tokens before those that are timed, at least 2")
@@ -253,6 +278,8 @@ def main():
     args = parser.parse_args()
     if args.warm < 2:
         parser.error(f"--warm is {args.warm}; legal: at least 2")
+    if args.gate == "learned" and "quest" in args.systems:
+        parser.error("--gate is learned; legal with --systems quest: quest")
     if "traced" in args.systems and min(args.context) // 64 < (pages := int(np.load(args.trace)["pages"])):
         parser.error(f"--context is {min(args.context)}; legal with --trace {args.trace}: at least {64 * pages}")
     rows = []
@@ -260,6 +287,8 @@ def main():
         folder = args.logs or Path(folder)
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
+        if args.gate == "learned":
+            write_random_gate(folder / "gate")
         for name in args.systems:
             rows += run(name, args, folder)
     print_table(rows)
