@@ -4,8 +4,9 @@ PORT ?= 30000
 MODEL ?= rheoserve_sgl/nano/model
 ARGS ?=
 # Few frames for the bundled model, so that a long prompt shows both tiers at work.
-DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-device-tokens 4096 --rheoserve-host-ratio 32 \
-	--rheoserve-gate-path $(MODEL)/gate)
+DEMO := $(if $(filter rheoserve_sgl/nano/model,$(MODEL)),--rheoserve-gate-path $(MODEL)/gate \
+	$(if $(findstring --rheoserve-device-tokens,$(ARGS)),,--rheoserve-device-tokens 4096) \
+	$(if $(findstring --rheoserve-host-size,$(ARGS)),,--rheoserve-host-ratio 32))
 PY := .venv/bin/python
 export HF_HUB_OFFLINE ?= 1
 
@@ -46,6 +47,8 @@ soak: .venv/ready
 
 # Editable, so that changes to the Python files need no reinstall; changes to csrc/ do.
 .venv/ready: pyproject.toml $(wildcard csrc/*.* csrc/isa/*)
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "PYTHON is $(PYTHON), which is $$($(PYTHON) -V); legal: Python 3.11 or 3.12, as in make PYTHON=python3.12"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet --editable ".[test]"

@@ -1,10 +1,11 @@
 """`python -m rheoserve_sgl doctor` and `plan`: is this machine fit to serve, and what does a load need?
 
-Both end with 1 if the answer is no.
+Both end with 1 if the answer is no, and with 2 for an argument, or a model, that cannot be.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -32,11 +33,17 @@ def plan(args) -> int:
     for name in ("context", "concurrency", "tp_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; legal: at least 1")
+    for name in ("host_gb", "device_gb"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; legal: a finite number of GB, at least 0")
     host = free_bytes(args.tp_size) if args.host_gb is None else int(args.host_gb * GB / args.tp_size)
     device = free_device_bytes() if args.device_gb is None else int(args.device_gb * GB) or None
     command = ["--model-path", str(args.model)] + (["--tp-size", str(args.tp_size)] if args.tp_size > 1 else [])
     load = Load(args.context, args.concurrency)
-    needs = needs_of(args.model, args.tp_size)
+    needs = needs_of(args.model, args.tp_size, on_gpu=device is not None)
+    if load.context > needs.longest:
+        raise ValueError(f"--context is {load.context}; legal: 1 to {needs.longest}, which the model was made for")
     lines, fits = advise(load, needs, host, device, command)
     if fits and (device is None) == (free_device_bytes() is None):  # rates of another machine are not known here
         lines.insert(-1, predict_step(load, needs, rates_here(*needs.heads), device))

@@ -1,5 +1,6 @@
 """RheoServe's settings: one frozen object, validated when it is built."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from rheoserve_sgl import PAGE_TOKENS
@@ -60,8 +61,7 @@ class RheoConfig:
         self._choice("device_attention", DEVICE_ATTENTION)
         self._choice("canary", CANARY)
         self._choice("admission", ADMISSION)
-        if not 0.0 < self.most_missed <= 1.0:
-            self._refuse("most_missed", "a number above 0, at most 1")
+        self._within("most_missed", 1.0, "a number above 0, at most 1")
         self._at_least("join_group", 1)
         self._at_least("join_patience", 0)
         self._at_least("decode_interleave", 0)
@@ -77,8 +77,7 @@ class RheoConfig:
         self._above_zero("host_ratio")
         if self.host_size is not None and self.host_ratio is not None:
             self._refuse("host_size", f"only one of it and {flag('host_ratio')} ({self.host_ratio})")
-        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
-            self._refuse("threshold", "a number above 0 and below 1")
+        self._within("threshold", math.nextafter(1.0, 0.0), "a number above 0 and below 1")
         if self.threshold is not None and self.token_budget is not None:
             self._refuse("threshold", f"only one of it and {flag('token_budget')} ({self.token_budget})")
         if self.threshold is None and self.selects and self.budget < self.always_tokens:
@@ -92,6 +91,10 @@ class RheoConfig:
             self._refuse("most_token_budget", "none where requests have no token budget")
         if self.most_token_budget is not None and self.most_token_budget < self.budget:
             self._refuse("most_token_budget", f"at least {flag('token_budget')} ({self.budget})")
+        if self.gate_rope == "last" and self.selector != "seer":
+            self._refuse("gate_rope", f"first, without a learned gate ({flag('gate_path')})")
+        if self.admission == "on" and self.mode != "balanced":
+            self._refuse("admission", f"auto or off with {flag('mode')} {self.mode}; on with balanced")
 
     @property
     def selects(self) -> bool:
@@ -140,7 +143,7 @@ class RheoConfig:
     def as_dict(self) -> dict:
         """Resolved settings for `/server_info`."""
         out = asdict(self)
-        out["token_budget"] = None if self.threshold is not None else self.budget
+        out["token_budget"] = self.budget if self.takes_budgets else None
         return out
 
     @classmethod
@@ -156,20 +159,31 @@ class RheoConfig:
         if getattr(self, name) not in choices:
             self._refuse(name, ", ".join(choices))
 
+    def _left_out(self, name: str) -> bool:
+        """Whether it is None, and may be."""
+        return getattr(self, name) is None and self.__dataclass_fields__[name].default is None
+
     def _at_least(self, name: str, low: int):
-        value = getattr(self, name)
-        if value is not None and value < low:
+        if not self._left_out(name) and not (_is(getattr(self, name), int) and getattr(self, name) >= low):
             self._refuse(name, f"an integer of at least {low}")
 
     def _pages(self, name: str, at_least: int):
         value = getattr(self, name)
-        if value is not None and (value < at_least or value % PAGE_TOKENS):
+        if not self._left_out(name) and not (_is(value, int) and value >= at_least and value % PAGE_TOKENS == 0):
             self._refuse(name, f"a multiple of {PAGE_TOKENS}, at least {at_least}")
 
     def _above_zero(self, name: str):
+        self._within(name, math.inf, "a finite number above 0")
+
+    def _within(self, name: str, most: float, legal: str):
         value = getattr(self, name)
-        if value is not None and not value > 0:
-            self._refuse(name, "a number above 0")
+        if not self._left_out(name) and not (_is(value, int | float) and math.isfinite(value) and 0 < value <= most):
+            self._refuse(name, legal)
+
+
+def _is(value, kind) -> bool:
+    """Whether a number is of this kind; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def flag(name: str) -> str:

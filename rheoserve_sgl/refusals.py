@@ -1,6 +1,7 @@
 """What RheoServe does not serve, said at start-up with the flag or field and what to do instead."""
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
+from rheoserve_sgl.config import PREFIX, RheoConfig, flag
 from rheoserve_sgl.ops.processors import usable_threads
 
 # (ServerArgs field, is it a legal value, legal values and remedy)
@@ -20,6 +21,7 @@ _FLAGS = (
         "leave it out: RheoServe already keeps all KV in host memory",
     ),
     ("enable_hisparse", lambda v: not v, "leave it out: RheoServe selects blocks itself"),
+    ("enable_flexkv", lambda v: not v, "leave it out: RheoServe already keeps all KV in host memory"),
     ("enable_lmcache", lambda v: not v, "leave it out: RheoServe already keeps all KV in host memory"),
     ("enable_page_major_kv_layout", lambda v: not v, "leave it out: RheoServe has its own layout"),
     ("enable_fused_qk_norm_rope", lambda v: not v, "leave it out"),
@@ -30,6 +32,9 @@ _FLAGS = (
     ),
     ("pp_size", lambda v: v == 1, "1: use --tp-size"),
     ("dcp_size", lambda v: v in (None, 1), "1: use --tp-size"),
+    ("attn_cp_size", lambda v: v in (None, 1), "1: use --tp-size"),
+    ("enable_prefill_cp", lambda v: not v, "leave it out: use --tp-size"),
+    ("enable_memory_saver", lambda v: not v, "leave it out: the two tiers stay where they are"),
     ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
     ("enable_dp_attention", lambda v: not v, "--tp-size, or a server a GPU behind SGLang's router"),
     (
@@ -57,9 +62,38 @@ def refuse_flags(server_args):
             raise ValueError(f"{flag} is {value!r}, which --attention-backend rheoserve cannot serve; use {remedy}")
 
 
+def refuse_unused(server_args):
+    """Raise ValueError for a RheoServe flag where another attention backend serves, which knows nothing of it."""
+    for name, field in RheoConfig.__dataclass_fields__.items():
+        value = getattr(server_args, PREFIX + name)
+        if value != field.default:
+            raise ValueError(
+                f"{flag(name)} is {value!r}, but --attention-backend is {server_args.attention_backend!r}; legal: "
+                f"{BACKEND_NAME}, or no --rheoserve-* flags"
+            )
+
+
+def refuse_graphs(server_args):
+    """Raise ValueError for CUDA graphs that RheoServe cannot run in, whichever flag asked for them.
+
+    Args:
+        server_args: ServerArgs after SGLang has resolved them
+    """
+    decode = ("disabled",) if server_args.disable_decode_cuda_graph else ("full", "disabled")
+    for phase, legal in (("decode", decode), ("prefill", ("disabled",))):
+        backend = getattr(server_args.cuda_graph_config, phase).backend
+        if backend not in legal:
+            raise ValueError(
+                f"--cuda-graph-config: the backend of {phase} is {backend!r}, which --attention-backend rheoserve "
+                f"cannot serve here; legal: {' or '.join(legal)}"
+            )
+
+
 def refuse_threads(server_args):
     """Raise ValueError if the ranks would run more CPU threads than there are processors for them: they poll."""
     threads, ranks = server_args.rheoserve_host_threads, server_args.tp_size
+    if ranks < 1:
+        raise ValueError(f"--tp-size is {ranks}; legal: at least 1")
     most = max(usable_threads() // ranks, 1)
     if threads is not None and threads > most:
         raise ValueError(
@@ -103,7 +137,7 @@ def refuse_model(model_config):
         )
     if reason:
         raise ValueError(
-            f"--model-path: {name} cannot be served by --attention-backend rheoserve because {reason}. "
+            f"{name} (--model-path) cannot be served by --attention-backend rheoserve because {reason}. "
             "It serves MHA and GQA decoders such as Qwen2, Qwen3, Llama and Mistral without a window; "
             "use another --attention-backend for this model."
         )

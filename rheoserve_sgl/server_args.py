@@ -14,7 +14,14 @@ from sglang.srt.server_args import ServerArgs
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS, environ
 from rheoserve_sgl.config import ADMISSION, CANARY, DEVICE_ATTENTION, GATE_ROPE, MODES, SELECTORS, RheoConfig
-from rheoserve_sgl.refusals import refuse_flags, refuse_gate, refuse_model, refuse_threads
+from rheoserve_sgl.refusals import (
+    refuse_flags,
+    refuse_gate,
+    refuse_graphs,
+    refuse_model,
+    refuse_threads,
+    refuse_unused,
+)
 
 
 @dataclasses.dataclass
@@ -144,7 +151,8 @@ class RheoServerArgs(ServerArgs):
     ] = 0.25
     rheoserve_join_group: Annotated[
         int,
-        "RheoServe: prefilled requests that join those that decode together, while more are being prefilled.",
+        "RheoServe: prefilled requests that join those that decode together, while more are being prefilled; "
+        "nothing with --rheoserve-join-patience 0.",
         NS("schedule"),
     ] = 4
     rheoserve_join_patience: Annotated[
@@ -167,6 +175,7 @@ class RheoServerArgs(ServerArgs):
 
     def __post_init__(self):
         if not selects_rheoserve(self):
+            refuse_unused(self)
             return super().__post_init__()
         RheoConfig.from_server_args(self)
         require_extension()
@@ -174,6 +183,7 @@ class RheoServerArgs(ServerArgs):
         refuse_threads(self)
         self._apply_defaults()
         super().__post_init__()
+        refuse_graphs(self)
         if self.model_path.lower() not in ("none", "dummy"):
             refuse_model(self.get_model_config())
             refuse_gate(self, self.get_model_config())

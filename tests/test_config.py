@@ -1,5 +1,7 @@
 """Settings: bad values are refused with their flag, value and legal choices."""
 
+import math
+
 import pytest
 
 from rheoserve_sgl.config import RheoConfig
@@ -30,7 +32,21 @@ from rheoserve_sgl.config import RheoConfig
             "--rheoserve-most-token-budget is 8192; legal: none where requests have no token budget",
         ),
         ({"threshold": 0.1, "token_budget": 4096}, "only one of it and --rheoserve-token-budget"),
-        ({"host_size": -1.0}, "--rheoserve-host-size is -1.0; legal: a number above 0"),
+        ({"host_size": -1.0}, "--rheoserve-host-size is -1.0; legal: a finite number above 0"),
+        ({"host_size": math.inf}, "--rheoserve-host-size is inf; legal: a finite number above 0"),
+        ({"tpot_slo_ms": math.nan}, "--rheoserve-tpot-slo-ms is nan; legal: a finite number above 0"),
+        ({"host_ratio": "4"}, "--rheoserve-host-ratio is '4'; legal: a finite number above 0"),
+        ({"most_missed": None}, "--rheoserve-most-missed is None; legal: a number above 0, at most 1"),
+        ({"threshold": 1.0}, "--rheoserve-threshold is 1.0; legal: a number above 0 and below 1"),
+        ({"token_budget": "4096"}, "--rheoserve-token-budget is '4096'; legal: a multiple of 64"),
+        ({"sink_tokens": None}, "--rheoserve-sink-tokens is None; legal: a multiple of 64"),
+        ({"decode_interleave": 1.5}, "--rheoserve-decode-interleave is 1.5; legal: an integer of at least 0"),
+        ({"host_threads": True}, "--rheoserve-host-threads is True; legal: an integer of at least 1"),
+        ({"gate_rope": "last"}, "--rheoserve-gate-rope is 'last'; legal: first, without a learned gate"),
+        (
+            {"admission": "on", "mode": "full"},
+            "--rheoserve-admission is 'on'; legal: auto or off with --rheoserve-mode full",
+        ),
         ({"host_size": 1.0, "host_ratio": 2.0}, "only one of it and --rheoserve-host-ratio"),
         ({"exchange_interval": 0}, "--rheoserve-exchange-interval is 0; legal: an integer of at least 1"),
         ({"host_threads": 0}, "--rheoserve-host-threads is 0"),
@@ -53,7 +69,7 @@ def test_defaults():
 
 
 def test_a_small_budget_is_legal_where_nothing_is_selected():
-    assert RheoConfig(mode="window", token_budget=64).budget == 64
+    assert RheoConfig(mode="window", token_budget=64).as_dict()["token_budget"] is None  # nor is it one
 
 
 def test_a_threshold_replaces_the_budget():

@@ -105,6 +105,9 @@ def test_a_load_that_does_not_fit_says_what_would():
     assert not fits and "host memory holds 2 such requests" in "\n".join(lines)
     lines, fits = advise(Load(100_000, 1), SMALL, 10**9, 10**6, [])
     assert not fits and "no room for frames" in "\n".join(lines)
+    # On a CPU weights, frames and the gate's keys are there, too.
+    lines, fits = advise(Load(100_000, 4), SMALL, 4 * 10**8, None, [])
+    assert not fits and "host memory holds 3 such requests" in "\n".join(lines)
 
 
 def test_plan_reads_a_checkpoint_and_names_what_is_wrong(checkpoints, tmp_path, capsys):
@@ -116,7 +119,10 @@ def test_plan_reads_a_checkpoint_and_names_what_is_wrong(checkpoints, tmp_path, 
     assert ("a decode step of all 3: about" in capsys.readouterr().out) == (not torch.cuda.is_available())
     assert command.main([*model, "--host-gb", "0.01", "--device-gb", "0"]) == 1
     assert "does not fit" in capsys.readouterr().out
-    for wrong in (["--model", str(tmp_path)], ["--context", "0"]):
+    for wrong in (
+        *(["--model", str(tmp_path)], ["--context", "0"], ["--context", "999999"]),
+        *(["--tp-size", "3"], ["--host-gb", "nan"]),
+    ):
         assert command.main([*model, *wrong]) == 2
         assert f"{wrong[0]} is" in capsys.readouterr().err
 

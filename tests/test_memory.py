@@ -71,7 +71,15 @@ def test_gate_keys_of_the_host_store_take_their_part_of_the_device():
         sizes(profiled=100_000, host_size=40.0, keys=TOKEN / 100, device_tokens=64_000)
     with pytest.raises(ValueError, match="no room for KV on the device: 30000 tokens fit .* keys of 4000000 tokens"):
         sizes(profiled=30_000, host_size=40.0, keys=TOKEN / 100)
-    assert sizes(profiled=None, host_size=40.0, keys=TOKEN).device_tokens == sizes(host_size=40.0).device_tokens
+
+
+def test_on_a_cpu_gate_keys_take_their_part_of_the_host_memory():
+    """Of 100 GB, 5 for frames, half of the rest is for keys as large as what is stored."""
+    assert sizes(host_size=47.0, keys=TOKEN).device_tokens == sizes(host_size=47.0).device_tokens
+    with pytest.raises(
+        ValueError, match="5.00 GB of it go to frames, 50% of the rest to gate keys; legal: at most 47.50"
+    ):
+        sizes(host_size=48.0, keys=TOKEN)
 
 
 def test_prefixes_that_a_prefill_attends_to_take_their_part_of_the_device():

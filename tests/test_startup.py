@@ -23,6 +23,14 @@ REFUSED = {
     "--speculative-algorithm NGRAM": "--speculative-algorithm is 'NGRAM'",
     "--prefill-attention-backend torch_native": "--prefill-attention-backend is 'torch_native'",
     "--disaggregation-mode prefill": "--disaggregation-mode is 'prefill'",
+    "--attn-cp-size 2 --tp-size 2": "--attn-cp-size is 2.*--tp-size",
+    "--enable-memory-saver": "--enable-memory-saver is True",
+    '--cuda-graph-config {"prefill":{"backend":"breakable"}}': "--cuda-graph-config.* prefill is 'breakable'.*disabled",
+    '--cuda-graph-config {"decode":{"backend":"breakable"}}': "--cuda-graph-config: .* decode is 'breakable'",
+    "--attention-backend torch_native --rheoserve-mode full": (
+        "--rheoserve-mode is 'full', but --attention-backend is 'torch_native'; legal: rheoserve"
+    ),
+    "--tp-size 0": "--tp-size is 0; legal: at least 1",
     "--cuda-graph-backend-decode breakable": "--cuda-graph-backend-decode is 'breakable'.*full",
     "--rheoserve-token-budget 100": "--rheoserve-token-budget is 100; legal: a multiple of 64",
     "--rheoserve-threshold 2": "--rheoserve-threshold is 2.0",

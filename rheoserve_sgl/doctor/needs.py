@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.runtime.memory import GB, free_host_bytes, key_bytes, staging_bytes
+from rheoserve_sgl.runtime.memory import CPU_DEVICE_SHARE, GB, free_host_bytes, key_bytes, staging_bytes
 
 DEVICE_SHARE = 0.85  # of the GPU's free memory for weights and frames; SGLang measures it when it starts
 MARGIN = 1.02  # for pages that are not full, and those of the step to come
@@ -32,9 +32,10 @@ class Needs:
     """Bytes of one rank.
 
     token_bytes: K and V of a token over all layers
-    key_bytes: of the gate's keys and the tables on the device, for each token of the host store
+    key_bytes: of the gate's keys and the tables on the device (a CPU's is the host), for each token of the host store
     weights: of the model
     staging_bytes: of two layers that a prefill attends to, for each token of the longest prefix
+    longest: tokens that the model was made for
     heads: its head dim, KV heads, query heads to each, and the dtype of K and V
     """
 
@@ -42,6 +43,7 @@ class Needs:
     key_bytes: float
     weights: int
     staging_bytes: int = 0
+    longest: int = 1 << 31
     heads: tuple[int, int, int, torch.dtype] = (128, 8, 4, torch.bfloat16)
 
     def host(self, load: Load) -> int:
@@ -57,11 +59,11 @@ class Needs:
         return min(max(int(room / self.token_bytes), 0) // PAGE_TOKENS * PAGE_TOKENS, load.tokens)
 
 
-def needs_of(model: Path, tp_size: int) -> Needs:
+def needs_of(model: Path, tp_size: int, on_gpu: bool) -> Needs:
     """What a local checkpoint needs, of each of `tp_size` ranks, with Quest's keys, the largest of the gates'.
 
     Raises:
-        ValueError: a model that RheoServe does not serve, or a folder without weights
+        ValueError: a model that RheoServe does not serve, or not on so many ranks, or a folder without weights
     """
     from sglang.srt.configs.model_config import ModelConfig
 
@@ -71,6 +73,8 @@ def needs_of(model: Path, tp_size: int) -> Needs:
         raise ValueError(f"--model is {str(model)!r}; legal: a folder with a config.json, a Hugging Face checkpoint")
     config = ModelConfig(str(model))
     refuse_model(config)
+    if config.num_attention_heads % tp_size:
+        raise ValueError(f"--tp-size is {tp_size}; legal: divisors of the model's {config.num_attention_heads} heads")
     files = [file for ending in ("*.safetensors", "*.bin") for file in model.glob(ending)]
     if not files:
         raise ValueError(f"--model is {str(model)!r}, which has no weights; legal: *.safetensors or *.bin in it")
@@ -78,9 +82,10 @@ def needs_of(model: Path, tp_size: int) -> Needs:
     layers, dim = config.num_hidden_layers, config.head_dim
     return Needs(
         token_bytes=2 * layers * heads * dim * itemsize,
-        key_bytes=key_bytes(layers, heads, dim, itemsize),
+        key_bytes=key_bytes(layers, heads, dim, itemsize if on_gpu else 4),  # of float32 on a CPU
         weights=sum(file.stat().st_size for file in files) // tp_size,
         staging_bytes=staging_bytes(heads, dim, itemsize),
+        longest=config.context_len,
         heads=(dim, heads, max(config.num_attention_heads // tp_size // heads, 1), config.dtype),
     )
 
@@ -93,14 +98,16 @@ def advise(load: Load, needs: Needs, host: int, device: int | None, command: lis
         device: free bytes of the rank's GPU; None: it serves on the CPU
         command: the model's part of a launch command
     """
-    wanted = needs.host(load)
-    beside = needs.weights if device is None else 0
-    most = max(int((host - beside) // needs.host(Load(load.context, 1))), 0)
+    wanted, room, each = needs.host(load), host, needs.host(Load(load.context, 1))
+    if device is None:  # Weights, frames and the gate's keys are there as well.
+        keys = needs.key_bytes / needs.token_bytes
+        room = int((host - needs.weights) * (1 - CPU_DEVICE_SHARE) / (1 + keys))
+    most = max(room // each, 0)
     lines = [
         f"KV of a token: {needs.token_bytes:,} bytes; weights: {needs.weights / GB:.2f} GB",
         f"host store: {wanted / GB:.2f} GB for {load.concurrency} x {load.context:,} tokens; {host / GB:.2f} GB free",
     ]
-    fits = wanted + beside <= host
+    fits = wanted <= room
     lines.append(f"{'' if fits else 'does not fit: '}host memory holds {most} such requests at once")
     if device is not None:
         beside, frames = needs.beside(load), needs.frames(load, device)

@@ -62,7 +62,12 @@ class Controller:
         if config.tpot_slo_ms is not None and self.admission is None:
             logger.warning(
                 "RheoServe: --rheoserve-tpot-slo-ms limits how many decode only with admission, which is off here: it "
-                "takes --rheoserve-mode balanced, no --enable-mixed-chunk, and on a CPU --rheoserve-admission on"
+                "takes all of --rheoserve-mode balanced, no --enable-mixed-chunk, and --rheoserve-admission on (auto "
+                "is off on a CPU)"
+            )
+        if config.tpot_slo_ms is not None and not config.decode_interleave:
+            logger.warning(
+                "RheoServe: --rheoserve-tpot-slo-ms does not pace others' prompts with --rheoserve-decode-interleave 0"
             )
         self._coordinator.idle.held = self._held_pages
         self._coordinator.coming = lambda: [

@@ -82,7 +82,7 @@ def size_tiers(
         free_bytes: free host memory that this rank may count on
         profiled_tokens: what fits on the device by SGLang's profiling; None where frames are in host memory
         max_total_tokens: `--max-total-tokens`, an upper bound on the host store
-        key_bytes: on the device for each token of the host store; see the function of that name
+        key_bytes: on the device (a CPU's is the host) for each token of the host store; see the function of that name
         staging_bytes: on the device for each token of the longest prefix; see the function of that name
         context: tokens of the longest request
 
@@ -106,7 +106,8 @@ def size_tiers(
         )
     reason = f"device {device} tokens ({why}), "
     beside = device * token_bytes if on_cpu else 0
-    most = int((free_bytes - beside) / token_bytes)
+    keys = key_bytes / (token_bytes + key_bytes) if on_cpu else 0.0  # lie beside what is stored
+    most = int((free_bytes - beside) * (1 - keys) / token_bytes)
     if config.host_size is not None:
         host = int(config.host_size * GB / token_bytes)
         reason += f"host {host} tokens (--rheoserve-host-size {config.host_size})"
@@ -127,7 +128,8 @@ def size_tiers(
         raise ValueError(
             f"{name} asks for a host store of {host * token_bytes / GB:.2f} GB ({host} tokens of {token_bytes} "
             f"bytes), but {free_bytes / GB:.2f} GB of host memory are free and {beside / GB:.2f} GB of it go to "
-            f"frames; legal: at most {max(most, 0) * token_bytes / GB:.2f} GB"
+            f"frames{f', {keys:.0%} of the rest to gate keys' if keys else ''}; legal: at most "
+            f"{max(most, 0) * token_bytes / GB:.2f} GB"
         )
     others = host * key_bytes + min(host, context) * staging_bytes
     if not on_cpu and device > (room := profiled_tokens - math.ceil(others / token_bytes)):
