@@ -24,7 +24,7 @@ void append(const AppendArgs& a) {
       std::memcpy(block + half + at, v, a.row);
       const int32_t frame = a.frame_of[page * a.kv_heads + h];
       if (frame < 0 || a.frames == nullptr) continue;
-      block = a.frames + frame * 2 * half;
+      block = a.frames + 2 * half * frame;
       std::memcpy(block + at, k, a.row);
       std::memcpy(block + half + at, v, a.row);
     }

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +18,7 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 // Blocks of a task, which has a state of its own: few, so that one head of one request keeps many threads
 // busy and the last task of a step is short; more on long lists, so that there are not too many states.
 constexpr int kFewest = 4, kMost = 16, kTasksOfAList = 128;
+constexpr int kShortShare = 64;  // blocks a thread
 
 int task_blocks(int count) { return std::clamp(count / kTasksOfAList, kFewest, kMost); }
 
@@ -50,15 +53,19 @@ void split(const AttendArgs& a, Workspace& w) {
 }
 
 // Threads take chunks of neighbouring tasks: large ones first, for which a kernel is set up once, then smaller
-// ones, so that all threads end together. A chunk's size is what it reads, in blocks: tasks differ.
+// ones, so that all threads end together. A chunk's size is what it reads, in blocks: tasks differ. Where each thread
+// has little to read, setting up counts: its first two chunks, which it draws together, are half of its share and a task.
 void chunk(int threads, Workspace& w) {
   const int tasks = static_cast<int>(w.tasks.size());
   int64_t left = 0;
   for (const Task& task : w.tasks) left += task.count;
+  const int64_t share = left / threads;
+  const int firsts = share <= kShortShare ? 2 * threads : 0;
   w.chunks.clear();
   for (int begin = 0; begin < tasks;) {
+    const int number = static_cast<int>(w.chunks.size());
     w.chunks.push_back(begin);
-    const int64_t most = left / (4 * threads);
+    const int64_t most = number >= firsts ? left / (4 * threads) : number % 2 == 0 ? share / 2 : 0;
     int64_t taken = w.tasks[begin++].count;
     while (begin < tasks && taken + w.tasks[begin].count <= most) taken += w.tasks[begin++].count;
     left -= taken;
@@ -151,14 +158,17 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Works
   chunk(pool.size(), w);
   const size_t floats = w.tasks.size() * State::floats(a.group, a.dim);
   if (w.states_size < floats) {
-    w.states.reset(new float[floats]);  // not zeroed: every task writes its own
-    w.states_size = floats;
+    // Not zeroed: every task writes its own.
+    w.states.reset(static_cast<float*>(std::aligned_alloc(State::kApart * sizeof(float), floats * sizeof(float))));
+    w.states_size = w.states == nullptr ? 0 : floats;
+    if (w.states == nullptr) throw std::bad_alloc();
   }
   const int pairs = a.batch * a.kv_heads;
   for (int pair = 0; pair < pairs; ++pair)
     if (w.first[pair] == w.first[pair + 1]) finish(a, w, pair);
   const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
-  pool.run(static_cast<int>(w.chunks.size()) - 1, [&](int chunk, int after) { attend_chunk(a, w, kernel, chunk, after); });
+  const auto work = [&](int chunk, int after) { attend_chunk(a, w, kernel, chunk, after); };
+  pool.run(static_cast<int>(w.chunks.size()) - 1, std::cref(work));  // (a copy of it would be on the heap)
 }
 
 }  // namespace rheo

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -26,8 +27,11 @@ struct State {
   float* sum;  // [group]
   float* acc;  // [group, dim]
 
-  // States lie one behind the other.
-  static constexpr int64_t floats(int group, int dim) { return static_cast<int64_t>(group) * (dim + 2); }
+  // States lie one behind the other, none on a cache line of another's, nor on the one that is fetched with it.
+  static constexpr int64_t kApart = 32;
+  static constexpr int64_t floats(int group, int dim) {
+    return (static_cast<int64_t>(group) * (dim + 2) + kApart - 1) / kApart * kApart;
+  }
   static State at(float* base, int group) { return {base, base + group, base + 2 * group}; }
 };
 
@@ -94,7 +98,7 @@ struct Workspace {
   std::vector<int> chunks;                    // first task of each chunk that a thread takes, and the end
   std::unique_ptr<std::atomic<int>[]> left;   // unfinished tasks of each pair
   size_t left_size = 0;
-  std::unique_ptr<float[]> states;            // max, sum and acc of each task
+  std::unique_ptr<float[], void (*)(void*)> states{nullptr, std::free};  // max, sum and acc of each task
   size_t states_size = 0;
 };
 

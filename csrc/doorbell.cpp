@@ -63,9 +63,10 @@ bool Doorbell::has_begun(uint64_t answered) const {
 void Doorbell::serve() {
   while (!stop_.load()) {
     const uint64_t answered = bell_->answered.load(std::memory_order_relaxed);
-    if (expected_.load(std::memory_order_acquire) <= answered) {
+    const uint64_t expected = expected_.load(std::memory_order_acquire);
+    if (expected <= answered) {
       pool_.keep_polling(false);
-      expected_.wait(answered, std::memory_order_acquire);
+      expected_.wait(expected, std::memory_order_acquire);
       continue;
     }
     pool_.keep_polling(true);

@@ -72,7 +72,8 @@ void ThreadPool::run(int count, const Work& task) {
 }
 
 void ThreadPool::keep_polling(bool on) {
-  if (polling_.exchange(on) || !on) return;
+  // (Writing what has not changed would take the line from those that poll.)
+  if (polling_.load(std::memory_order_relaxed) == on || polling_.exchange(on) || !on) return;
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
 }
@@ -86,31 +87,36 @@ void ThreadPool::work() {
       if (polls < kIdlePolls) ++polls;
       else if (!polling_.load(std::memory_order_relaxed)) break;
     }
-    epoch_.wait(epoch, std::memory_order_acquire);
+    // (Waiting counts the waiters, on one line for all, even where nothing is to be waited for.)
+    if (epoch_.load(std::memory_order_relaxed) == epoch) epoch_.wait(epoch, std::memory_order_acquire);
   }
 }
 
-ThreadPool::Ticket ThreadPool::draw() {
+ThreadPool::Ticket ThreadPool::draw(int some) {
   uint64_t ticket = tickets_.load(std::memory_order_relaxed);
   // Not drawing where there is nothing keeps the index within its field, however often threads look.
   if ((ticket & kField) >= (ticket >> kCountShift & kField)) return {-1, 0};
-  ticket = tickets_.fetch_add(1, std::memory_order_acq_rel);
+  ticket = tickets_.fetch_add(some, std::memory_order_acq_rel);
   const int count = static_cast<int>(ticket >> kCountShift & kField), index = static_cast<int>(ticket & kField);
   return {index < count ? index : -1, count};
 }
 
 void ThreadPool::drain() {
-  // A thread draws one ahead. Both tickets are of one round: it cannot end before the first is done.
-  for (Ticket now = draw(), next; now.index >= 0; now = next) {
-    next = draw();
+  // A thread draws one ahead. All its tickets are of one round, which cannot end before this thread tells what it did.
+  const Ticket first = draw(2);
+  int now = first.index, next = now >= 0 && now + 1 < first.count ? now + 1 : -1, done = 0;
+  while (now >= 0) {
     try {
-      (*task_)(now.index, next.index);
+      (*task_)(now, next);
     } catch (...) {
       std::lock_guard<std::mutex> lock(failure_);
       if (!error_) error_ = std::current_exception();
     }
-    if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == now.count) done_.notify_one();
+    ++done;
+    now = next;
+    if (next >= 0) next = draw(1).index;
   }
+  if (done > 0 && done_.fetch_add(done, std::memory_order_acq_rel) + done == first.count) done_.notify_one();
 }
 
 }  // namespace rheo

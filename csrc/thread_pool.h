@@ -28,7 +28,7 @@ class ThreadPool {
   using Work = std::function<void(int index, int next)>;
 
   // Calls task once for every index in [0, count), roughly in order, and returns when all are
-  // done. One caller at a time; a second one waits. The first exception is rethrown.
+  // done. A thread that has done nothing yet takes two in a row, all others one after another. One caller at a time; a second one waits. The first exception is rethrown.
   void run(int count, const Work& task);
 
   // While on, idle workers poll instead of sleeping: for the time that work is about to come.
@@ -38,10 +38,10 @@ class ThreadPool {
   void stop();
   void work();
   struct Ticket {
-    int index;  // -1 where the round has none left
+    int index;  // the first of those drawn, or -1 where the round has none left
     int count;  // of the round
   };
-  Ticket draw();
+  Ticket draw(int some);
   void drain();
 
   std::vector<std::thread> workers_;
@@ -50,11 +50,12 @@ class ThreadPool {
   // that comes late to a finished round draws a number past its end, whatever the caller does meanwhile.
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int> done_{0};
+  // Idle workers poll this line, and nothing else of it is written while they do.
   alignas(64) std::atomic<uint32_t> epoch_{0};
-  const Work* task_ = nullptr;  // read only with a valid ticket
+  std::atomic<bool> stop_{false}, polling_{false};
+  alignas(64) const Work* task_ = nullptr;  // read only with a valid ticket
   std::exception_ptr error_;
   uint64_t round_ = 0;
-  std::atomic<bool> stop_{false}, polling_{false};
 };
 
 // Calls body(i) for every i in [0, count) on the pool's threads, several to a task where one is too little work to

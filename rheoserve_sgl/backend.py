@@ -89,7 +89,9 @@ class RheoAttnBackend(AttentionBackend):
             self.coordinator.begin_decode(lambda: self.batch)
             self.coordinator.stores(forward_batch.batch_size)
         else:
-            prefixes, lengths = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+            lengths = forward_batch.extend_seq_lens_cpu
+            # Not by SGLang's prefixes: where steps overlap, that of a decode in a mixed batch may count the new token.
+            prefixes = [int(n) - new for n, new in zip(forward_batch.seq_lens_cpu, lengths, strict=True)]
             self._begin_extend(prefixes, lengths)
             if self.first is not None:
                 slots, lens = forward_batch.req_pool_indices, forward_batch.seq_lens

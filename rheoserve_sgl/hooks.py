@@ -20,8 +20,8 @@ class Hook:
     target: dotted path in SGLang
     kind: HookType by name: "before", "after", "around" or "replace"
     handler: dotted path of ours, imported when the hook is registered
-    role: "scheduler" for the model's process only, "main" for the launching one only, "all" for both, "engine" for a
-        launching process that imported the offline engine before the plugins were loaded
+    role: "scheduler" for the model's process only, "main" for the launching one only, "all" for both, "engine" for one
+        that imported the offline engine before the plugins were loaded
     """
 
     target: str
@@ -103,11 +103,9 @@ HOOKS = (
 
 def hooks_for(in_scheduler: bool) -> list[Hook]:
     """The hooks that a process registers."""
-    roles = {"all"}
-    if in_scheduler:
-        roles.add("scheduler")
-    else:
-        roles |= {"main", "engine"} if ENGINE in sys.modules else {"main"}
+    roles = {"all", "scheduler" if in_scheduler else "main"}
+    if ENGINE in sys.modules:  # and a process that somebody else has spawned may launch a server, or hold an engine
+        roles |= {"main", "engine"}
     return [hook for hook in HOOKS if hook.role in roles]
 
 

@@ -120,7 +120,10 @@ def test_logits_of_ten_thousand(impl, dtype):
         blocks, q = torch.randn(4, 2, 64, 64).to(dtype), 1e3 * torch.randn(1, 1, group, 64)
         expected = oracle(q, blocks, visit, 1.0)
         scale = 1e4 / float(expected[1].abs().max())
-        check(run(impl, q, blocks, visit, scale), oracle(q, blocks, visit, scale), 1e-3)
+        found, expected = run(impl, q, blocks, visit, scale), oracle(q, blocks, visit, scale)
+        check(found, expected, 1e-3)
+        # A merge goes by the difference. (fp32 has steps of 1e-3 there, queries of two bf16 terms of 0.04.)
+        torch.testing.assert_close(found[1].double(), expected[1], rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("impl", [*VARIANTS, "torch"])
@@ -140,10 +143,10 @@ def test_nan_poisons_its_own_head_only(impl, dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_answer_depends_on_neither_threads_nor_batch(variant, dtype):
-    visit = make_visit(3, 2, (150, 3, 77, 16, 1, 0), 200, 2)
+    visit = make_visit(3, 2, (700, 3, 77, 16, 1, 0), 800, 2)  # of more than 639 blocks tasks are longer
     alone = Visit(*(t[:1].contiguous() for t in (visit.blocks, visit.count, visit.last_len)))
     for group in GROUPS:
-        blocks, q = torch.randn(200, 2, 64, 64).to(dtype), torch.randn(3, 2, group, 64)
+        blocks, q = torch.randn(800, 2, 64, 64).to(dtype), torch.randn(3, 2, group, 64)
         together = attend_cpu(q, ((blocks, visit),), 0.125, 3, variant)
         single = attend_cpu(q[:1].contiguous(), ((blocks, alone),), 0.125, 1, variant)
         assert torch.equal(together[0][:1], single[0])

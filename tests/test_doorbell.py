@@ -75,6 +75,20 @@ def test_requests_may_be_passed_over():
     assert time.process_time() - before < 0.1  # nothing more is expected
 
 
+def test_who_asks_more_than_was_expected_is_answered_and_costs_no_polling():
+    exchange, stores, doorbell = make()
+    doorbell.expect(1)
+    fill(exchange, BATCH)
+    number = ring(exchange, 2)  # as if three had been expected
+    out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 1)
+    assert torch.equal(exchange.out, out)
+    assert processor_seconds(0.3) < 0.1
+    doorbell.expect(3)
+    fill(exchange, BATCH)
+    ring(exchange)
+    del doorbell  # ends its threads, whatever was asked and expected
+
+
 def test_a_failing_request_is_answered_and_named():
     exchange, stores, doorbell = make()
     doorbell.expect(3)

@@ -138,7 +138,7 @@ def test_an_exchange_does_not_wait_for_the_gpu():
 def test_swaps_move_what_steps_have_time_for():
     """Steps of no work wait for the copies of the one before, until these are small; with time they grow again."""
     pool, _ = make_pool(64 * 8000, 64 * 4000, "cuda", dtype=torch.float16, exchange_interval=1000, window_tokens=64)
-    lane, requests, each = pool.coordinator.lane, 16, 500
+    lane, requests, each = pool.coordinator.lane, 20, 400
     pages = (torch.randperm(requests * each, device="cuda") + 1).view(requests, -1)
     table = (pages[:, :, None] * 64 + torch.arange(64, device="cuda")).flatten(1).int()
     lens = torch.full((requests,), each * 64, device="cuda")
@@ -155,6 +155,8 @@ def test_swaps_move_what_steps_have_time_for():
             pool.importance.uniform_(1, 2).mul_(pool.coordinator.weight)
             pool.coordinator.swap(tables)
             torch.cuda._sleep(cycles)
+            if cycles > 10**6:  # a server's CPU is a step or two ahead
+                torch.cuda.synchronize()
         torch.cuda.synchronize()
         pool.coordinator.begin_decode(lambda: batch)
         pool.coordinator.swap(tables)
@@ -168,6 +170,7 @@ def test_swaps_move_what_steps_have_time_for():
     torch.cuda._sleep(10**9)
     small = steps(20, 1000)
     assert small < large / 2, (small, large)
+    # One of each list is more than the least that may move, so these end unseen, and grow all the same.
     assert steps(60, 3 * 10**7) < 1e-4 and lane.swap_bytes == SWAP_BYTES
     assert pool.coordinator.counts["exchanges_failed"] == 0
 

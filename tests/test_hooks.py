@@ -87,6 +87,25 @@ def test_a_hook_that_was_not_applied_is_named():
         HookRegistry._patched.update(before)
 
 
+def test_a_process_that_was_spawned_may_launch_servers(tmp_path):
+    """As training frameworks do: what checks flags and requests is in place there, too."""
+    (tmp_path / "launcher.py").write_text(
+        "import multiprocessing\n"
+        "def child():\n"
+        "    from sglang.srt.entrypoints.engine import Engine\n"
+        "    from sglang.srt.plugins import load_plugins\n"
+        "    load_plugins()\n"
+        "    from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "    checked = [t.split('.')[-1] for t in HookRegistry._patched if 'TokenizerManager' in t]\n"
+        "    print(Engine.server_args_class.__name__, checked)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=child)\n"
+        "    process.start(), process.join()\n"
+    )
+    run = subprocess.run([sys.executable, tmp_path / "launcher.py"], check=True, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "RheoServerArgs ['_validate_one_request']", run.stderr[-2000:]
+
+
 def test_main_process_gets_no_model_hooks():
     """The launching process must not import the model stack for us."""
     code = (

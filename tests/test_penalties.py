@@ -88,3 +88,17 @@ def test_parts_that_overlap_count_as_requests_that_are_alone(steps, asked, rando
             for row, token in pending.items():
                 requests[row].output_ids.append(token)
             launched, pending = None, {}
+
+
+def test_a_request_that_comes_back_from_a_retraction_has_each_token_counted():
+    """Its new prefill is in flight when its next step is prepared, and gives the token that is not known yet."""
+    back, counted = make_request(NONE), []
+    back.output_ids += [11, 12, 13]
+    orchestrator = SimpleNamespace(cumulate_output_tokens=lambda tokens: counted.extend(tokens.tolist()))
+    batch = SimpleNamespace(
+        reqs=[back], device="cpu", sampling_info=SimpleNamespace(penalizer_orchestrator=orchestrator)
+    )
+    cumulate(batch, batch)
+    back.output_ids.append(14)
+    cumulate(batch, batch)
+    assert counted == [13, 14]

@@ -17,12 +17,13 @@ class PairLogits {
  public:
   explicit PairLogits(const Run& run)
       : terms_{Dots<Pairs>(run.group, run.dim / 2), Dots<Pairs>(run.group, run.dim / 2)}, width(terms_[0].width), words_(run.dim / 2) {
-    QueryPairs pairs;
+    QueryPairs pairs[kMaxGroup];
     for (int h = 0; h < run.group; ++h) {
-      const int needed = pairs.split(run.q + h * run.dim, run.dim);
+      const int needed = pairs[h].split(run.q + h * run.dim, run.dim);
       count_ = needed > count_ ? needed : count_;
-      for (int term = 0; term < 2; ++term) terms_[term].set_query(h, reinterpret_cast<const float*>(pairs.words(term)));
     }
+    for (int term = 0; term < count_; ++term)
+      for (int h = 0; h < run.group; ++h) terms_[term].set_query(h, reinterpret_cast<const float*>(pairs[h].words(term)));
   }
 
  private:

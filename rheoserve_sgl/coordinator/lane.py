@@ -29,11 +29,12 @@ class Lane:
         self._pool = pool
         self._stream = torch.cuda.Stream()
         self._done = timed_event()
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = deque()
+        # Of copies that a step came to: when it came, when they were done, and of swaps what they might move, else 0.
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
         self.swap_bytes, self.late_seconds = SWAP_BYTES, 0.0
         self._moves: Moves | None = None
         self._more = torch.zeros((), dtype=torch.bool, pin_memory=True)
-        self._short = self._swaps = False
+        self._short, self._swaps = False, 0
 
     @property
     def busy(self) -> bool:
@@ -43,12 +44,12 @@ class Lane:
         """Begin to copy into reserved frames.
 
         Args:
-            more: bool on the device, whether other blocks wait for their turn
-            short: whether they are a step's swaps, no more than `swap_bytes`: the next step waits for their rest
+            more: bool on the device, whether other blocks wait for their turn; None: they are a step's swaps
+            short: whether they are no more than `swap_bytes`: the next step waits for their rest
         """
         self._look()
         self._moves = moves  # also keeps them alive while the stream reads them
-        self._short = self._swaps = short
+        self._short, self._swaps = short, self.swap_bytes if more is None else 0
         forward = torch.cuda.current_stream()
         try:
             self._more.fill_(False)
@@ -91,9 +92,11 @@ class Lane:
             came, done, swaps = self._waits.popleft()
             late = came.elapsed_time(done) / 1000  # negative: done before
             self.late_seconds += max(late, 0.0)
-            if swaps:
-                wanted = int(self.swap_bytes * (LESS if late > LATE else MORE))
-                self.swap_bytes = min(max(wanted, LEAST_BYTES), SWAP_BYTES)
+            # (Some of the old size follow before the first one is seen to be late: they count once.)
+            if swaps and late > LATE:
+                self.swap_bytes = max(min(self.swap_bytes, int(swaps * LESS)), LEAST_BYTES)
+            elif swaps:
+                self.swap_bytes = min(int(self.swap_bytes * MORE), SWAP_BYTES)
 
 
 def timed_event() -> torch.cuda.Event:

@@ -40,8 +40,7 @@ def cumulate(batch, launched):
     Args:
         launched: ScheduleBatch, the last one; None: nothing is in flight
     """
-    decoding = launched is not None and launched.forward_mode.is_decode()
-    ahead = {id(request) for request in launched.reqs} if decoding else set()
+    ahead = {id(request) for request in launched.reqs} if launched is not None else set()
     tokens = []
     for request in batch.reqs:
         known = [request.origin_input_ids[-1], *request.output_ids[-2:]]

@@ -167,7 +167,12 @@ def requests_enter(result, batch):
     limits = getattr(pool, "limits", None)
     if limits is not None:
         from rheoserve_sgl.runtime import request_report
+        from rheoserve_sgl.runtime.controller import Controller
 
+        told = [request_report.wants_report(request.sampling_params.custom_params) for request in batch.reqs]
+        if any(told) and pool.importance.is_cuda and Controller.current is not None:
+            # The step in flight may still count for who had a slot before.
+            torch.cuda.current_stream().wait_stream(Controller.current.scheduler.forward_stream)
         for request in batch.reqs:
             limits.admit(request.req_pool_idx, request.sampling_params.custom_params)
             request_report.enter(request, pool.coordinator.attended)
