@@ -1,9 +1,10 @@
 """Layers of a decode step in one CUDA graph, as a server has them, with the CPU beside. The last line is JSON.
 
-Each layer is a product of 4,096 x 6,144, `GpuStep.layer` and a product of 4,096 x 4,096, in Qwen3-8B's shapes with
-Quest's keys and a budget of 4,096 tokens; the figure is what it takes beyond the products. Where a request's blocks are
+Each layer is a product of 4,096 x 6,144, `GpuStep.layer` and a product of 4,096 x 4,096, in Qwen3-8B's shapes with a
+gate's keys and a budget of 4,096 tokens; the figure is what it takes beyond the products. Where a request's blocks are
 all resident it is taken as quiet (nothing selected, seven of eight steps) and not, and fa3 beside it, as SGLang calls
-it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's kernels run.
+it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's kernels run; `--gate learned`
+scores by a learned gate of random weights, with the copies of queries and keys that a server makes for it before RoPE.
 """
 
 import argparse
@@ -17,6 +18,10 @@ from bench_ops import graph_of, seconds
 from machine import describe_machine
 
 from rheoserve_sgl.cache.host_memory import pin_all, zeroed
+from rheoserve_sgl.gate.attn_gate import GateWeights
+from rheoserve_sgl.gate.base import Tapped
+from rheoserve_sgl.gate.quest import QuestGate
+from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.gpu.ask import Asker
 from rheoserve_sgl.ops.gpu.step import GpuStep
@@ -77,9 +82,9 @@ def print_timeline(graph):
 class Case:
     """A pool as `GpuStep` sees one, with random blocks; some matter more than others, the same in each step."""
 
-    def __init__(self, batch: int, context: int, resident: float, outside: float, quiet: bool, frames, host):
+    def __init__(self, batch: int, context: int, resident: float, outside: float, quiet: bool, frames, host, gate):
         torch.manual_seed(1)
-        self.batch, pages = batch, context // PAGE
+        self.batch, self.gate, pages = batch, gate, context // PAGE
         every = batch * pages + 1
         self._ids = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages) + 1
         shape = (LAYERS, every, KV_HEADS)
@@ -90,10 +95,14 @@ class Case:
         has[:, self._ids[:, -1].long()] = True
         frame_of = torch.full(shape, -1, dtype=torch.int32, device="cuda")
         frame_of[has] = torch.randint(len(frames[0]), (int(has.sum()),), dtype=torch.int32, device="cuda")
-        keys = torch.randn(*shape, 2 * DIM, dtype=torch.bfloat16, device="cuda") * torch.where(best, 4, 0.1)[..., None]
+        width = gate.key_dim(DIM)
+        keys = torch.randn(*shape, width, dtype=torch.bfloat16, device="cuda") * torch.where(best, 4, 0.1)[..., None]
+        self.positions = torch.full((batch,), context - PAGE + TAIL - 1, device="cuda")
+        if gate.kind == "seer":
+            gate.prepare(torch.randn(context, DIM, device="cuda"), batch, DIM)
         pool = SimpleNamespace(
             device=frame_of.device,
-            gate=SimpleNamespace(kind="max_min", key_dim=lambda dim: 2 * dim),
+            gate=gate,
             residency=SimpleNamespace(frame_of=frame_of),
             quick=SimpleNamespace(layers=list(keys.bfloat16())),
             importance=torch.zeros(shape, device="cuda"),
@@ -125,7 +134,8 @@ class Case:
         loc = self._ids[:, -1].long() * PAGE + TAIL - 1
 
         def attend(index, q, k, v):
-            return self.step.layer(index, q, k, v, loc, DIM**-0.5)
+            tapped = Tapped(q.clone(), k.flatten(1).clone(), self.positions) if self.gate.needs_taps else None
+            return self.step.layer(index, q, k, v, loc, DIM**-0.5, tapped)
 
         took = layers.time(self.batch, attend, timeline)
         self.bell.check()
@@ -134,6 +144,22 @@ class Case:
         asked = int(self.asker.counter)  # by all runs of the layers
         visits = int(self.step.totals[:, 1].sum()) / asked / self.batch / KV_HEADS
         return {"layer_us": took, "waited_us": int(self.asker.waited) / 1000 / asked, "visits_a_head": visits}
+
+
+def make_gate(name: str):
+    """Quest, or a learned gate of random weights for `LAYERS` layers."""
+    if name == "quest":
+        return QuestGate()
+
+    def weights(*shape: int) -> torch.Tensor:
+        return 0.02 * torch.randn(shape, device="cuda")
+
+    return SeerGate(
+        [
+            GateWeights(weights(KV_HEADS, GROUP, DIM, DIM), weights(KV_HEADS, 3 * DIM, DIM), None, None, None)
+            for _ in range(LAYERS)
+        ]
+    )
 
 
 def time_fa3(batch: int, context: int, layers: Layers, timeline: bool) -> float | None:
@@ -169,6 +195,7 @@ def time_fa3(batch: int, context: int, layers: Layers, timeline: bool) -> float 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timeline", action="store_true")
+    parser.add_argument("--gate", choices=["quest", "learned"], default="quest")
     args = parser.parse_args()
     layers, rows = Layers(), []
     frames = torch.randn(SHARED, 1 << 15, 2, PAGE, DIM, dtype=torch.bfloat16, device="cuda")
@@ -179,7 +206,8 @@ def main():
     for batch, context, resident, outside in CASES:
         for quiet in (True, False) if resident >= 1.0 else (False,):
             row = {"requests": batch, "context": context, "resident": resident, "outside": outside, "quiet": quiet}
-            row |= Case(batch, context, resident, outside, quiet, frames, host).time(layers, args.timeline)
+            case = Case(batch, context, resident, outside, quiet, frames, host, make_gate(args.gate))
+            row |= case.time(layers, args.timeline)
             if quiet:
                 row["fa3_us"] = time_fa3(batch, context, layers, args.timeline)
             rows.append({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()})

@@ -13,7 +13,8 @@ from rheoserve_sgl.gate.attn_gate import EPSILON, GateWeights
 from rheoserve_sgl.ops.gpu.append import NewTokens, append_token, higher, lower
 from rheoserve_sgl.ops.gpu.early import early, start
 
-ROWS = 32  # of a weight matrix at a time
+# Of a weight matrix at a time: all of it comes from memory, by few programs, so much has to be on its way at once.
+ROWS, WARPS = 128, 8
 
 
 @triton.jit
@@ -50,14 +51,16 @@ def gate_query(
     head = pair % kv_heads
     at = tl.arange(0, HALF)
     used = at < half
-    a = tl.zeros([HALF], tl.float32)
-    b = tl.zeros([HALF], tl.float32)
     own = q + pair * group * dim
     if KIND == 0:  # the average itself
+        a = tl.zeros([HALF], tl.float32)
+        b = tl.zeros([HALF], tl.float32)
         for g in range(group):
             a += tl.load(own + g * dim + at, mask=used, other=0.0).to(tl.float32) / group
             b += tl.load(own + g * dim + half + at, mask=used, other=0.0).to(tl.float32) / group
     else:
+        as_ = tl.zeros([ROWS, HALF], tl.float32)  # (summed once, since threads wait for each other in a sum)
+        bs = tl.zeros([ROWS, HALF], tl.float32)
         for first in range(0, inputs, ROWS):
             i = first + tl.arange(0, ROWS)
             there = i < inputs
@@ -69,8 +72,9 @@ def gate_query(
                 x = tl.load(own + i, mask=there, other=0.0).to(tl.float32)
             matrix = weights + (head.to(tl.int64) * inputs + i[:, None]) * 2 * half + at[None, :]
             inside = there[:, None] & used[None, :]
-            a += tl.sum(x[:, None] * tl.load(matrix, mask=inside, other=0.0), 0)
-            b += tl.sum(x[:, None] * tl.load(matrix + half, mask=inside, other=0.0), 0)
+            as_ += x[:, None] * tl.load(matrix, mask=inside, other=0.0)
+            bs += x[:, None] * tl.load(matrix + half, mask=inside, other=0.0)
+        a, b = tl.sum(as_, 0), tl.sum(bs, 0)
     position = tl.load(positions + row).to(tl.int64)
     _finish(a, b, norm, rope, position, out + pair * 2 * half, half, NORM, ROPE, HALF, EPSILON)
 
@@ -100,12 +104,12 @@ def gate_key(
         tl.store(own + 2 * dim, total, mask=there)
         at = tl.arange(0, HALF)
         used = at < half
-        a = tl.zeros([HALF], tl.float32)
-        b = tl.zeros([HALF], tl.float32)
         out = quick + (tl.load(newest + row) * kv_heads + head) * 2 * half
         if tail == TOKENS:
             tl.debug_barrier()  # what other threads of this program stored is read below
             base = running + (tl.load(requests + row) * kv_heads + head) * 3 * dim
+            as_ = tl.zeros([ROWS, HALF], tl.float32)
+            bs = tl.zeros([ROWS, HALF], tl.float32)
             for first in range(0, inputs, ROWS):
                 j = first + tl.arange(0, ROWS)
                 inside = j < inputs
@@ -120,13 +124,14 @@ def gate_key(
                 x = tl.where(kind == 2, x / TOKENS, x)
                 matrix = weights + (head.to(tl.int64) * inputs + j[:, None]) * 2 * half + at[None, :]
                 both = inside[:, None] & used[None, :]
-                a += tl.sum(x[:, None] * tl.load(matrix, mask=both, other=0.0), 0)
-                b += tl.sum(x[:, None] * tl.load(matrix + half, mask=both, other=0.0), 0)
+                as_ += x[:, None] * tl.load(matrix, mask=both, other=0.0)
+                bs += x[:, None] * tl.load(matrix + half, mask=both, other=0.0)
             position = (tl.load(n_pages + row) - 1).to(tl.int64) * TOKENS + key_offset
-            _finish(a, b, norm, rope, position, out, half, NORM, ROPE, HALF, EPSILON)
+            _finish(tl.sum(as_, 0), tl.sum(bs, 0), norm, rope, position, out, half, NORM, ROPE, HALF, EPSILON)
         else:
-            tl.store(out + at, a, mask=used)
-            tl.store(out + half + at, b, mask=used)
+            nothing = tl.zeros([HALF], tl.float32)
+            tl.store(out + at, nothing, mask=used)
+            tl.store(out + half + at, nothing, mask=used)
 
 
 @triton.jit
@@ -237,4 +242,5 @@ def _options(weights: GateWeights) -> dict:
         "HALF": max(triton.next_power_of_2(weights.gate_dim // 2), 16),
         "ROWS": ROWS,
         "EPSILON": EPSILON,
+        "num_warps": WARPS,
     }
