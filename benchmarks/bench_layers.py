@@ -4,7 +4,9 @@ Each layer is a product of 4,096 x 6,144, `GpuStep.layer` and a product of 4,096
 gate's keys and a budget of 4,096 tokens; the figure is what it takes beyond the products. Where a request's blocks are
 all resident it is taken as quiet (nothing selected, seven of eight steps) and not, and fa3 beside it, as SGLang calls
 it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's kernels run; `--gate learned`
-scores by a learned gate of random weights, with the copies of queries and keys that a server makes for it before RoPE.
+scores by a learned gate of random weights, with the copies of queries and keys that a server makes for it before RoPE;
+all is resident then, since what random weights select is not the blocks that matter here. (A key is projected where its
+page is full, one token of 64: not in these.)
 """
 
 import argparse
@@ -203,7 +205,8 @@ def main():
         (max(batch * context for batch, context, *_ in CASES) // PAGE + 1, KV_HEADS, 2, PAGE, DIM), torch.bfloat16
     )
     pin_all(main, [host], 8)
-    for batch, context, resident, outside in CASES:
+    learned = [(batch, context, 1.0, 0.0) for batch, context, *_ in dict.fromkeys(case[:2] for case in CASES)]
+    for batch, context, resident, outside in CASES if args.gate == "quest" else learned:
         for quiet in (True, False) if resident >= 1.0 else (False,):
             row = {"requests": batch, "context": context, "resident": resident, "outside": outside, "quiet": quiet}
             case = Case(batch, context, resident, outside, quiet, frames, host, make_gate(args.gate))

@@ -61,9 +61,11 @@ bool Doorbell::has_begun(uint64_t answered) const {
 }
 
 void Doorbell::serve() {
-  while (!stop_.load()) {
-    const uint64_t answered = bell_->answered.load(std::memory_order_relaxed);
+  for (;;) {
+    // In this order: who stops it says so before it raises the number, whose old value is waited on below.
     const uint64_t expected = expected_.load(std::memory_order_acquire);
+    if (stop_.load()) return;
+    const uint64_t answered = bell_->answered.load(std::memory_order_relaxed);
     if (expected <= answered) {
       pool_.keep_polling(false);
       expected_.wait(expected, std::memory_order_acquire);

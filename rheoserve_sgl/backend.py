@@ -62,6 +62,7 @@ class RheoAttnBackend(AttentionBackend):
         self.taps = self._tap(model_runner.model) if self.selects else None
         self.batch: Batch | None = None
         self.writes: Writes | None = None
+        self.prefixes: list[int] = []  # of a prefill's requests, tokens that were stored before
         # Of a prefill: pages of its requests `[n]`, which of them others have that were prefilled before, `[n]` bool,
         # and where in its tokens each one's last is, `[batch]`.
         self.prefilled: torch.Tensor | None = None
@@ -91,7 +92,10 @@ class RheoAttnBackend(AttentionBackend):
         else:
             lengths = forward_batch.extend_seq_lens_cpu
             # Not by SGLang's prefixes: where steps overlap, that of a decode in a mixed batch may count the new token.
-            prefixes = [int(n) - new for n, new in zip(forward_batch.seq_lens_cpu, lengths, strict=True)]
+            # (Its rotation goes by SGLang's own, as with every backend.)
+            self.prefixes = prefixes = [
+                n - new for n, new in zip(forward_batch.seq_lens_cpu.tolist(), lengths, strict=True)
+            ]
             self._begin_extend(prefixes, lengths)
             if self.first is not None:
                 slots, lens = forward_batch.req_pool_indices, forward_batch.seq_lens
@@ -196,9 +200,8 @@ class RheoAttnBackend(AttentionBackend):
             self._store(layer, forward_batch, k, v)
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         parts, start = [], 0
-        prefixes = forward_batch.extend_prefix_lens_cpu
         lengths = forward_batch.extend_seq_lens_cpu
-        for row, (before, new) in enumerate(zip(prefixes, lengths, strict=True)):
+        for row, (before, new) in enumerate(zip(self.prefixes, lengths, strict=True)):
             tokens = slice(start, start + new)
             if new:
                 own = [tensor[tokens] for tensor in (q, k, v)]

@@ -84,8 +84,8 @@ def refuse_graphs(server_args):
         backend = getattr(server_args.cuda_graph_config, phase).backend
         if backend not in legal:
             raise ValueError(
-                f"--cuda-graph-config: the backend of {phase} is {backend!r}, which --attention-backend rheoserve "
-                f"cannot serve here; legal: {' or '.join(legal)}"
+                f"--cuda-graph-config or --cuda-graph-backend-{phase}: the backend of {phase} is {backend!r}, which "
+                f"--attention-backend rheoserve cannot serve here; legal: {' or '.join(legal)}"
             )
 
 

@@ -183,8 +183,8 @@ class RheoServerArgs(ServerArgs):
         refuse_threads(self)
         self._apply_defaults()
         super().__post_init__()
-        refuse_graphs(self)
-        if self.model_path.lower() not in ("none", "dummy"):
+        if self.model_path.lower() not in ("none", "dummy"):  # of which SGLang resolves nothing
+            refuse_graphs(self)
             refuse_model(self.get_model_config())
             refuse_gate(self, self.get_model_config())
 

@@ -1,5 +1,6 @@
 """CPU attention asked through memory: the same bits as a call, and what happens around it."""
 
+import gc
 import subprocess
 import sys
 import time
@@ -86,7 +87,18 @@ def test_who_asks_more_than_was_expected_is_answered_and_costs_no_polling():
     doorbell.expect(3)
     fill(exchange, BATCH)
     ring(exchange)
-    del doorbell  # ends its threads, whatever was asked and expected
+
+
+def test_it_ends_where_more_was_asked_than_expected():
+    for passed in (0, 1, 2):
+        exchange, _, doorbell = make()
+        doorbell.expect(1)
+        fill(exchange, BATCH)
+        ring(exchange, passed)
+        started = time.monotonic()
+        del doorbell
+        gc.collect()
+        assert time.monotonic() - started < SECONDS
 
 
 def test_a_failing_request_is_answered_and_named():

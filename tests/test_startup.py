@@ -26,7 +26,7 @@ REFUSED = {
     "--attn-cp-size 2 --tp-size 2": "--attn-cp-size is 2.*--tp-size",
     "--enable-memory-saver": "--enable-memory-saver is True",
     '--cuda-graph-config {"prefill":{"backend":"breakable"}}': "--cuda-graph-config.* prefill is 'breakable'.*disabled",
-    '--cuda-graph-config {"decode":{"backend":"breakable"}}': "--cuda-graph-config: .* decode is 'breakable'",
+    '--cuda-graph-config {"decode":{"backend":"breakable"}}': "--cuda-graph-config.* decode is 'breakable'",
     "--attention-backend torch_native --rheoserve-mode full": (
         "--rheoserve-mode is 'full', but --attention-backend is 'torch_native'; legal: rheoserve"
     ),
@@ -139,6 +139,12 @@ def test_layers_with_features_the_kernels_lack_are_refused_by_path():
     model.attn = RadixAttention(4, 64, 0.125, 2, layer_id=0, logit_cap=30.0)
     with pytest.raises(ValueError, match="attn has logit soft-capping"):
         refuse_layers(model)
+
+
+def test_a_model_without_a_config_takes_the_flags():
+    """SGLang resolves nothing of it, and neither do we."""
+    code = TRY_ALL.replace("sys.argv[1]", "flags").replace("*flags.split()", '"--rheoserve-mode", "full"')
+    assert answers(python(code, "-", "dummy", "none")) == ["none", "none"]
 
 
 def test_without_the_backend_nothing_changes(checkpoints):

@@ -47,9 +47,9 @@ class Lane:
             more: bool on the device, whether other blocks wait for their turn; None: they are a step's swaps
             short: whether they are no more than `swap_bytes`: the next step waits for their rest
         """
+        self._short, self._swaps = short, self.swap_bytes if more is None else 0
         self._look()
         self._moves = moves  # also keeps them alive while the stream reads them
-        self._short, self._swaps = short, self.swap_bytes if more is None else 0
         forward = torch.cuda.current_stream()
         try:
             self._more.fill_(False)

@@ -73,8 +73,12 @@ def needs_of(model: Path, tp_size: int, on_gpu: bool) -> Needs:
         raise ValueError(f"--model is {str(model)!r}; legal: a folder with a config.json, a Hugging Face checkpoint")
     config = ModelConfig(str(model))
     refuse_model(config)
-    if config.num_attention_heads % tp_size:
-        raise ValueError(f"--tp-size is {tp_size}; legal: divisors of the model's {config.num_attention_heads} heads")
+    query, key = config.num_attention_heads, config.get_total_num_kv_heads()
+    if query % tp_size or max(key, tp_size) % min(key, tp_size):
+        raise ValueError(
+            f"--tp-size is {tp_size}; legal: divisors of the model's {query} heads that divide its {key} KV heads, or "
+            "are multiples of them"
+        )
     files = [file for ending in ("*.safetensors", "*.bin") for file in model.glob(ending)]
     if not files:
         raise ValueError(f"--model is {str(model)!r}, which has no weights; legal: *.safetensors or *.bin in it")
