@@ -205,7 +205,7 @@ def main():
         (max(batch * context for batch, context, *_ in CASES) // PAGE + 1, KV_HEADS, 2, PAGE, DIM), torch.bfloat16
     )
     pin_all(main, [host], 8)
-    learned = [(batch, context, 1.0, 0.0) for batch, context, *_ in dict.fromkeys(case[:2] for case in CASES)]
+    learned = [(batch, context, 1.0, 0.0) for batch, context in dict.fromkeys(case[:2] for case in CASES)]
     for batch, context, resident, outside in CASES if args.gate == "quest" else learned:
         for quiet in (True, False) if resident >= 1.0 else (False,):
             row = {"requests": batch, "context": context, "resident": resident, "outside": outside, "quiet": quiet}

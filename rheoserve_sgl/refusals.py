@@ -58,8 +58,8 @@ def refuse_flags(server_args):
     for field, legal, remedy in _FLAGS:
         value = getattr(server_args, field, None)
         if not legal(value):
-            flag = "--" + field.replace("_", "-")
-            raise ValueError(f"{flag} is {value!r}, which --attention-backend rheoserve cannot serve; use {remedy}")
+            name = "--" + field.replace("_", "-")
+            raise ValueError(f"{name} is {value!r}, which --attention-backend rheoserve cannot serve; use {remedy}")
 
 
 def refuse_unused(server_args):

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from rheoserve_sgl import PAGE_TOKENS
-from rheoserve_sgl.runtime.memory import CPU_DEVICE_SHARE, GB, free_host_bytes, key_bytes, staging_bytes
+from rheoserve_sgl.runtime.memory import (
+    CPU_DEVICE_SHARE,
+    GB,
+    free_host_bytes,
+    key_bytes,
+    staging_bytes,
+    stored_share,
+)
 
 DEVICE_SHARE = 0.85  # of the GPU's free memory for weights and frames; SGLang measures it when it starts
 MARGIN = 1.02  # for pages that are not full, and those of the step to come
@@ -86,7 +93,7 @@ def needs_of(model: Path, tp_size: int, on_gpu: bool) -> Needs:
     layers, dim = config.num_hidden_layers, config.head_dim
     return Needs(
         token_bytes=2 * layers * heads * dim * itemsize,
-        key_bytes=key_bytes(layers, heads, dim, itemsize if on_gpu else 4),  # of float32 on a CPU
+        key_bytes=key_bytes(layers, heads, dim, itemsize, on_gpu),
         weights=sum(file.stat().st_size for file in files) // tp_size,
         staging_bytes=staging_bytes(heads, dim, itemsize),
         longest=config.context_len,
@@ -104,8 +111,8 @@ def advise(load: Load, needs: Needs, host: int, device: int | None, command: lis
     """
     wanted, room, each = needs.host(load), host, needs.host(Load(load.context, 1))
     if device is None:  # Weights, frames and the gate's keys are there as well.
-        keys = needs.key_bytes / needs.token_bytes
-        room = int((host - needs.weights) * (1 - CPU_DEVICE_SHARE) / (1 + keys))
+        stored = stored_share(needs.token_bytes, needs.key_bytes)
+        room = int((host - needs.weights) * (1 - CPU_DEVICE_SHARE) * stored)
     most = max(room // each, 0)
     lines = [
         f"KV of a token: {needs.token_bytes:,} bytes; weights: {needs.weights / GB:.2f} GB",

@@ -41,7 +41,7 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
         free_bytes=int(*smallest([free_host_bytes() // world.world_size])),
         profiled_tokens=None if on_cpu else resolved.max_total_num_tokens,
         max_total_tokens=get_schedule().max_total_tokens,
-        key_bytes=key_bytes(layers, heads, head_dim, 4 if on_cpu else itemsize),  # of float32 on a CPU
+        key_bytes=key_bytes(layers, heads, head_dim, itemsize, on_gpu=not on_cpu),
         staging_bytes=staging_bytes(heads, head_dim, itemsize),
         context=configurator.model_config.context_len,
     )

@@ -30,10 +30,15 @@ class Sizes:
     reason: str
 
 
-def key_bytes(layers: int, heads: int, head_dim: int, itemsize: int) -> float:
+def key_bytes(layers: int, heads: int, head_dim: int, itemsize: int, on_gpu: bool = True) -> float:
     """What the device holds for each token of the host store, whether it is resident or not: its part of a block's gate
-    key, by the largest of the gates' (Quest's), and of the tables."""
-    return layers * heads / PAGE_TOKENS * (2 * head_dim * itemsize + TABLES)
+    key, by the largest of the gates' (Quest's, float32 on a CPU), and of the tables."""
+    return layers * heads / PAGE_TOKENS * (2 * head_dim * (itemsize if on_gpu else 4) + TABLES)
+
+
+def stored_share(token_bytes: int, key_bytes: float) -> float:
+    """Of a CPU's memory, the share that stored tokens may take: their gate keys lie beside them."""
+    return token_bytes / (token_bytes + key_bytes)
 
 
 def staging_bytes(heads: int, head_dim: int, itemsize: int) -> int:
@@ -106,8 +111,8 @@ def size_tiers(
         )
     reason = f"device {device} tokens ({why}), "
     beside = device * token_bytes if on_cpu else 0
-    keys = key_bytes / (token_bytes + key_bytes) if on_cpu else 0.0  # lie beside what is stored
-    most = int((free_bytes - beside) * (1 - keys) / token_bytes)
+    stored = stored_share(token_bytes, key_bytes) if on_cpu else 1.0
+    most = int((free_bytes - beside) * stored / token_bytes)
     if config.host_size is not None:
         host = int(config.host_size * GB / token_bytes)
         reason += f"host {host} tokens (--rheoserve-host-size {config.host_size})"
@@ -128,7 +133,7 @@ def size_tiers(
         raise ValueError(
             f"{name} asks for a host store of {host * token_bytes / GB:.2f} GB ({host} tokens of {token_bytes} "
             f"bytes), but {free_bytes / GB:.2f} GB of host memory are free and {beside / GB:.2f} GB of it go to "
-            f"frames{f', {keys:.0%} of the rest to gate keys' if keys else ''}; legal: at most "
+            f"frames{f', {1 - stored:.0%} of the rest to gate keys' if stored < 1 else ''}; legal: at most "
             f"{max(most, 0) * token_bytes / GB:.2f} GB"
         )
     others = host * key_bytes + min(host, context) * staging_bytes
