@@ -4,9 +4,9 @@ Each layer is a product of 4,096 x 6,144, `GpuStep.layer` and a product of 4,096
 gate's keys and a budget of 4,096 tokens; the figure is what it takes beyond the products. Where a request's blocks are
 all resident it is taken as quiet (nothing selected, seven of eight steps) and not, and fa3 beside it, as SGLang calls
 it, with SGLang's own kernel that stores new tokens. `--timeline` prints when one layer's kernels run; `--gate learned`
-scores by a learned gate of random weights, with the copies of queries and keys that a server makes for it before RoPE;
-all is resident then, since what random weights select is not the blocks that matter here. (A key is projected where its
-page is full, one token of 64: not in these.)
+scores by a learned gate of random weights, in the form of the published ones; all is resident then, since what random
+weights select is not the blocks that matter here. (A key is projected where its page is full, one token of 64: not in
+these.)
 """
 
 import argparse
@@ -136,8 +136,9 @@ class Case:
         loc = self._ids[:, -1].long() * PAGE + TAIL - 1
 
         def attend(index, q, k, v):
-            tapped = Tapped(q.clone(), k.flatten(1).clone(), self.positions) if self.gate.needs_taps else None
-            return self.step.layer(index, q, k, v, loc, DIM**-0.5, tapped)
+            if self.gate.needs_taps:
+                self.step.tap(index, Tapped(q, k.flatten(1), self.positions))
+            return self.step.layer(index, q, k, v, loc, DIM**-0.5)
 
         took = layers.time(self.batch, attend, timeline)
         self.bell.check()
@@ -154,11 +155,12 @@ def make_gate(name: str):
         return QuestGate()
 
     def weights(*shape: int) -> torch.Tensor:
-        return 0.02 * torch.randn(shape, device="cuda")
+        return (0.02 * torch.randn(shape, device="cuda")).bfloat16()
 
+    norms = torch.ones(2, DIM, device="cuda")
     return SeerGate(
         [
-            GateWeights(weights(KV_HEADS, GROUP, DIM, DIM), weights(KV_HEADS, 3 * DIM, DIM), None, None, None)
+            GateWeights(weights(KV_HEADS, GROUP, DIM, DIM), weights(KV_HEADS, 3 * DIM, DIM), *norms, None)
             for _ in range(LAYERS)
         ]
     )

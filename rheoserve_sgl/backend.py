@@ -81,7 +81,10 @@ class RheoAttnBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             self.coordinator.settle()
             return
-        if forward_batch.forward_mode.is_decode() and self.gpu is not None:
+        on_gpu = forward_batch.forward_mode.is_decode() and self.gpu is not None
+        if self.taps:
+            self.taps.user = self.gpu.tap if on_gpu else None
+        if on_gpu:
             return self._begin_on_gpu(forward_batch, forward_batch.batch_size)
         self.batch = self._batch(forward_batch, forward_batch.batch_size)
         if forward_batch.forward_mode.is_decode():
@@ -127,6 +130,8 @@ class RheoAttnBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
         """Before a graph is captured, over no request at all, or replayed."""
         if in_capture:
+            if self.taps:
+                self.taps.user = self.gpu.tap
             nothing = torch.zeros(1, dtype=torch.int64, device=self.token_to_kv_pool.device)
             table = self.req_to_token_pool.req_to_token
             return self.gpu.begin(table, nothing, nothing, 0, forward_batch.batch_size, self.limits.pages)
@@ -163,9 +168,10 @@ class RheoAttnBackend(AttentionBackend):
         index = layer.layer_id - pool.start_layer
         self._refuse_extras(layer, k, kwargs)
         if self.gpu is not None:
-            tapped = self.taps and self.taps.of_layer(layer.layer_id)
+            if self.taps:
+                self.taps.of_layer(layer.layer_id)  # was tapped, by `gpu.tap`
             k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
-            return self.gpu.layer(index, q, k, v, forward_batch.out_cache_loc, layer.scaling, tapped)
+            return self.gpu.layer(index, q, k, v, forward_batch.out_cache_loc, layer.scaling)
         if save_kv_cache:
             self._store(layer, forward_batch, k, v)
         heads = q.float().reshape(-1, pool.head_num, layer.tp_q_head_num // pool.head_num, layer.head_dim)

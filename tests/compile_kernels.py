@@ -4,6 +4,7 @@ Launches are turned into compilations, so that each kernel is compiled with the 
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -136,11 +137,12 @@ def launch_all(dtype: torch.dtype, dim: int):
     for keys, width in (("max_min", 2 * dim), ("mean", dim)):
         fold.pool_gpu(keys, k, writes, torch.zeros(ALL_PAGES, KV_HEADS, width))
     append_pages.append_pages_gpu(host, frames, frame_of, writes, k, k)
+    tapped = Tapped(q.to(dtype).flatten(1), k.flatten(1), loc)
     for keys in (torch.float32, torch.bfloat16):
-        gate.gate_token_gpu(
-            weights, new, Tapped(q.to(dtype).flatten(1), k.flatten(1), loc), step, running,
-            torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys), torch.zeros(*pairs, dim),
-        )  # fmt: skip
+        weights = replace(weights, q=weights.q.to(keys), k=weights.k.to(keys))
+        quick = torch.zeros(ALL_PAGES, KV_HEADS, dim, dtype=keys)
+        gate.gate_tap_gpu(weights, tapped, step, running, quick, torch.zeros(*pairs, dim))
+        score.score_tiles(torch.zeros(*pairs, 1, dim), quick, step, scratch, 0.1, "dot", new, pooled=False)
 
 
 def main():

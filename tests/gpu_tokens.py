@@ -16,7 +16,7 @@ from rheoserve_sgl.ops.attn_gate import gate_keys_torch
 from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
 from rheoserve_sgl.ops.gpu.begin import tell_step
-from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_token_gpu
+from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_tap_gpu
 from rheoserve_sgl.ops.gpu.score import score_tiles
 from rheoserve_sgl.ops.gpu.tables import Scratch
 from rheoserve_sgl.runtime.writes import Writes
@@ -87,24 +87,40 @@ def test_the_gates_kernels_equal_torch(q_pooling, k_pooling, dtype):
     mine = running.to(DEVICE), quick.to(DEVICE)
     nothing = torch.full((2, 2, 3, 32), torch.nan)  # padding
     padded = (torch.cat((plain, nothing)), torch.cat((keys, nothing[:, :, 0])), torch.cat((positions, positions[:2])))
-    tapped = Tapped(*(part.flatten(1) if part.ndim > 1 else part for part in moved_all(padded)))
-    frame_of, loc = torch.full((100, 2), -1, dtype=torch.int32), torch.zeros(7, dtype=torch.int64)
-    loc[:5] = batch.newest * 64 + batch.tail_len - 1
-    frame_of[batch.newest[2], 1] = 0
-    tiers = [torch.zeros(shape, dtype=dtype) for shape in ((100, 2, 2, 64, 32), (2, 2, 64, 32))]
-    k, v = torch.randn(2, 7, 2, 32).to(dtype)
-    right = [tier.clone() for tier in tiers]
-    append_torch(*right, frame_of, loc, k, v)
-    host, (frames, *rest) = tiers[0], moved_all((tiers[1], frame_of, loc, k, v))
-    new = NewTokens(host.pin_memory() if DEVICE == "cuda" else host, frames, *rest)
+    q, k, at = (part.flatten(1) if part.ndim > 1 else part for part in moved_all(padded))
+    # As a fused projection gives them: rows with gaps between.
+    tapped = Tapped(*torch.cat((q, k, k), 1).split((q.shape[1], k.shape[1], k.shape[1]), 1)[:2], at)
     asked = torch.zeros(7, 2, 32, device=DEVICE)
-    gate_token_gpu(moved(weights, DEVICE), new, tapped, tables_of(table, where, lens), *mine, asked)
+    gate_tap_gpu(moved(weights, DEVICE), tapped, tables_of(table, where, lens), *mine, asked)
     torch.testing.assert_close(asked[:5].cpu(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(new.host[1:], right[0][1:]) and torch.equal(frames[:1].cpu(), right[1][:1])
     rounding = 1e-4 if dtype == torch.float32 else 2**-7  # a last bit that the order of a sum decides
     torch.testing.assert_close(mine[1].cpu(), theirs[1], rtol=rounding, atol=1e-5)
     incomplete = where[[0, 3, 4]]
     assert torch.equal(mine[0].cpu()[incomplete], theirs[0][incomplete])
+
+
+@pytest.mark.parametrize(("dim", "width", "quiet"), [(64, 64, 0), (128, 48, 0), (32, 64, 1)])
+def test_a_token_is_appended_where_its_pages_key_is_there(dim, width, quiet):
+    """As with a learned gate, whose width may be another than the heads'."""
+    table, where, lens, batch = make_batch([1, 64, 700], context=1024, pages=100)
+    keys, q = torch.randn(100, 2, width).bfloat16(), torch.randn(3, 2, 1, width)
+    frame_of, loc = torch.full((100, 2), -1, dtype=torch.int32), batch.newest * 64 + batch.tail_len - 1
+    frame_of[batch.newest[2], 1] = 0
+    tiers = [torch.zeros(shape) for shape in ((100, 2, 2, 64, dim), (2, 2, 64, dim))]
+    right, (k, v) = [tier.clone() for tier in tiers], torch.randn(2, 3, 2, dim)
+    append_torch(*right, frame_of, loc, k, v)
+    host, (frames, *rest) = tiers[0], moved_all((tiers[1], frame_of, loc, k, v))
+    new = NewTokens(host.pin_memory() if DEVICE == "cuda" else host, frames, *rest)
+    tables, scratch, quick = tables_of(table, where, lens), Scratch.make(3, 2, 1, 16, DEVICE), keys.to(DEVICE)
+    tables.quiet.fill_(quiet)
+    score_tiles(q.to(DEVICE), quick, tables, scratch, 0.5, "dot", new, pooled=False)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(new.host, right[0]) and torch.equal(frames[:1].cpu(), right[1][:1])
+    assert torch.equal(quick.cpu(), keys)
+    if not quiet:
+        logits = (q[2, :, 0] * keys.float()[batch.pages[2]]).sum(-1) * 0.5
+        torch.testing.assert_close(scratch.logits[2, :, 0, : batch.n_pages[2]].cpu().T, logits[: batch.n_pages[2]])
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,24 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
             assert reply.status_code == 400 and words in reply.text, reply.text
 
 
+@pytest.mark.gpu
+def test_a_server_on_a_gpu_selects_what_the_gate_says(gate, checkpoints, tmp_path):
+    """In fp16, so up to where the two best tokens are within rounding."""
+    args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-device-attention"]
+    args += ["selected", "--rheoserve-token-budget", "384", "--rheoserve-window-tokens", "64"]
+    args += ["--rheoserve-device-tokens", "512", "--chunked-prefill-size", "512", "--dtype", "float16"]
+    model, prompts = checkpoints.path(), random_prompts(8, (700, 1000))
+    with rheo_server(model, args, tmp_path) as server:
+        answers = server.tokens(prompts, 140)  # past two page boundaries, and a page's length on
+    layers = read_gate(gate, SHAPE)[1]
+    same = []
+    for gates in (layers, layers[::-1]):
+        reference = GatedModel(model, gates, budget=6, sink=1, window=1)
+        told = [reference.greedy(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        same.append((torch.tensor(told) == torch.tensor(answers)).float().mean().item())
+    assert same[0] > 0.95 > 0.8 > same[1], same
+
+
 @pytest.mark.server
 def test_two_ranks_a_dense_layer_and_keys_rotated_at_the_last_token(gate, checkpoints, tmp_path):
     """Each rank has the gate of its own KV heads; the first layer is dense because the gate was made so."""

@@ -25,7 +25,7 @@ def test_triton_kernels(interpreted, file):
 
 KERNELS = {
     *("_append", "_snapshot", "_tell", "_disturb", "_score", "_plan", "_list", "_attend_split", "_merge"),
-    *("_queries", "_token", "_gather", "_pair", "_claim", "_fold", "_pool", "_append_pages", "_first"),
+    *("_queries", "_tap", "_gather", "_pair", "_claim", "_fold", "_pool", "_append_pages", "_first"),
 }
 
 

@@ -19,7 +19,7 @@ class GateWeights:
     """One layer's gate, or a rank's KV heads of it.
 
     q: `[kv_heads, group, head_dim, gate_dim]` (Qproj), `[kv_heads, head_dim, gate_dim]` (Qavgproj), None (Qavg)
-    k: `[kv_heads, len(parts) * head_dim, gate_dim]`
+    k: `[kv_heads, len(parts) * head_dim, gate_dim]`; both float32 or, on a GPU, what they were rounded to
     q_norm, k_norm: `[gate_dim]`, or None
     rope: `[positions, gate_dim]`, cosines then sines of half the width each; None: no rotation
     parts: which of K_PARTS a block's key is made of
@@ -42,9 +42,9 @@ def project_query(weights: GateWeights, q: torch.Tensor, positions: torch.Tensor
     if weights.q is None:
         out = q.mean(2)
     elif weights.q.ndim == 3:
-        out = torch.einsum("nhi,hio->nho", q.mean(2), weights.q)
+        out = torch.einsum("nhi,hio->nho", q.mean(2), weights.q.to(q.dtype))
     else:
-        out = torch.einsum("nhgi,hgio->nho", q, weights.q)
+        out = torch.einsum("nhgi,hgio->nho", q, weights.q.to(q.dtype))
     return rotate(rms_norm(out, weights.q_norm), weights.rope, positions)
 
 
@@ -54,7 +54,7 @@ def project_key(weights: GateWeights, pooled: torch.Tensor, positions: torch.Ten
     Args:
         positions: `[blocks]` where each key is rotated: its block's first token
     """
-    out = torch.einsum("nhi,hio->nho", pooled, weights.k)
+    out = torch.einsum("nhi,hio->nho", pooled, weights.k.to(pooled.dtype))
     return rotate(rms_norm(out, weights.k_norm), weights.rope, positions)
 
 

@@ -139,9 +139,16 @@ def read_gate(path: Path, model: ModelShape) -> tuple[GateConfig, list[dict[str,
 
 
 def take_heads(tensors: dict[str, torch.Tensor], heads: slice, parts, rope, device) -> GateWeights:
-    """One layer's gate for some KV heads (a tensor-parallel rank's), on a device."""
+    """One layer's gate for some KV heads (a tensor-parallel rank's), on a device.
+
+    Float32, but for a GPU's matrices that bfloat16 holds as they are, as those of published gates: a step reads all.
+    """
     own = {name: tensor if "norm" in name else tensor[heads] for name, tensor in tensors.items()}
     own = {name: tensor.to(device, torch.float32).contiguous() for name, tensor in own.items()}
+    if torch.device(device).type == "cuda":
+        for name in own.keys() & {"q", "k"}:
+            half = own[name].bfloat16()
+            own[name] = half if torch.equal(half.float(), own[name]) else own[name]
     return GateWeights(**{field: own.get(field) for field in TENSORS.values()}, rope=rope, parts=parts)
 
 

@@ -31,7 +31,7 @@ class GpuDecode:
         self, pool: TwoTierKVPool, rules: list[Rule], batch: int, max_pages: int, group: int, scale: float, cpus=()
     ):
         self.coordinator: Coordinator = pool.coordinator
-        self.layers = pool.layer_num
+        self.layers, self.start_layer = pool.layer_num, pool.start_layer
         exchange = Exchange.make(batch, pool.head_num, group, pool.head_dim, max_pages, pin=True)
         stores = [pool.host.blocks(index) for index in range(self.layers)]
         self.doorbell = Doorbell(exchange, stores, scale, pool.threads, cpus)
@@ -69,10 +69,14 @@ class GpuDecode:
         """A step's questions are about to come."""
         self.doorbell.expect(self.layers)
 
-    def layer(self, index: int, q, k, v, loc, scale: float, tapped) -> torch.Tensor:
+    def tap(self, layer_id: int, tapped):
+        """See `GpuStep.tap`."""
+        self.step.tap(layer_id - self.start_layer, tapped)
+
+    def layer(self, index: int, q, k, v, loc, scale: float) -> torch.Tensor:
         if index == 0 and not torch.cuda.is_current_stream_capturing():
             self.expect()  # not from a graph: `begin`'s caller does it for those
-        return self.step.layer(index, q, k, v, loc, scale, tapped)
+        return self.step.layer(index, q, k, v, loc, scale)
 
     def check(self):
         """Raise RuntimeError, naming the layer, if the CPU failed or did not answer in time."""

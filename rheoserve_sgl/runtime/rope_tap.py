@@ -4,6 +4,8 @@ Each attention module's `rotary_emb` is replaced by a proxy that keeps what it i
 one RotaryEmbedding between layers, so the proxies, not the shared module, know their layer.
 """
 
+from collections.abc import Callable
+
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
@@ -12,7 +14,13 @@ from rheoserve_sgl.gate.base import Tapped
 
 
 class RopeTaps:
-    """What the layer in flight gave to its RoPE; one layer's at a time."""
+    """What the layer in flight gave to its RoPE; one layer's at a time.
+
+    user: called with a layer's id and Tapped, which are as they are only until it returns; None: they are kept for
+        `of_layer`, on a GPU as copies, since RoPE rotates in place there
+    """
+
+    user: Callable[[int, Tapped], None] | None = None
 
     def __init__(self, model: nn.Module):
         self.rotary: nn.Module | None = None
@@ -33,12 +41,14 @@ class RopeTaps:
     def keep(self, layer: int, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor):
         if positions.ndim != 1:
             raise NotImplementedError("a learned gate needs one position a token; use --rheoserve-selector quest")
-        if q.is_cuda:  # rotated in place there
+        if self.user is not None:
+            self.user(layer, Tapped(q, k, positions))
+        elif q.is_cuda:
             q, k = q.clone(), k.clone()
         self._layer, self._tapped = layer, Tapped(q, k, positions)
 
     def of_layer(self, layer: int) -> Tapped:
-        """What this layer gave to its RoPE, once: it is kept no longer."""
+        """What this layer gave to its RoPE, once: it is kept no longer. Where there is a user, it has been rotated."""
         if self._layer != layer or self._tapped is None:
             raise RuntimeError(
                 f"layer {layer} rotated its queries and keys elsewhere than in its rotary_emb, which a learned gate "

@@ -80,4 +80,4 @@ class FirstScores:
             tapped: the same before RoPE, for a learned gate
         """
         step, tables = self._step, self._tables
-        add_scores(step.score(index, last, tables, scale, tapped), tables, step.pool.importance[index], weight)
+        add_scores(step.score(index, last, tables, scale, tapped=tapped), tables, step.pool.importance[index], weight)

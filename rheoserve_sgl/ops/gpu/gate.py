@@ -1,5 +1,4 @@
-"""The learned gate of a decode step: its queries, and running keys together with what a step writes. As
-`rheoserve_sgl.ops.attn_gate`.
+"""The learned gate of a decode step: its queries, and the keys of newest pages. As `rheoserve_sgl.ops.attn_gate`.
 
 A vector is held as its two halves, which is how RoPE pairs them.
 """
@@ -10,7 +9,7 @@ import triton.language as tl
 
 from rheoserve_sgl import PAGE_TOKENS
 from rheoserve_sgl.gate.attn_gate import EPSILON, GateWeights
-from rheoserve_sgl.ops.gpu.append import NewTokens, append_token, higher, lower
+from rheoserve_sgl.ops.gpu.append import higher, lower
 from rheoserve_sgl.ops.gpu.early import early, start
 
 # Of a weight matrix at a time: all of it comes from memory, by few programs, so much has to be on its way at once.
@@ -18,8 +17,25 @@ ROWS, WARPS = 128, 8
 
 
 @triton.jit
+def _load_finish(norm, rope, position, half, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr):
+    """What `_finish` takes: the norm's halves, cosines and sines. Before the work, to come meanwhile."""
+    at = tl.arange(0, HALF)
+    used = at < half
+    by_a = tl.full([HALF], 1.0, tl.float32)
+    by_b, cosine = by_a, by_a
+    sine = tl.zeros([HALF], tl.float32)
+    if NORM:
+        by_a = tl.load(norm + at, mask=used, other=0.0)
+        by_b = tl.load(norm + half + at, mask=used, other=0.0)
+    if ROPE:
+        cosine = tl.load(rope + position * 2 * half + at, mask=used, other=0.0)
+        sine = tl.load(rope + position * 2 * half + half + at, mask=used, other=0.0)
+    return by_a, by_b, cosine, sine
+
+
+@triton.jit
 def _finish(
-    a, b, norm, rope, position, out, half,
+    a, b, by_a, by_b, cosine, sine, out, half,
     NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """RMSNorm, rotate and store both halves."""
@@ -28,11 +44,9 @@ def _finish(
     if NORM:
         mean = (tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * half)
         scale = 1.0 / tl.sqrt(mean + EPSILON)
-        a = a * scale * tl.load(norm + at, mask=used, other=0.0)
-        b = b * scale * tl.load(norm + half + at, mask=used, other=0.0)
+        a = a * scale * by_a
+        b = b * scale * by_b
     if ROPE:
-        cosine = tl.load(rope + position * 2 * half + at, mask=used, other=0.0)
-        sine = tl.load(rope + position * 2 * half + half + at, mask=used, other=0.0)
         rotated = a * cosine - b * sine
         b = b * cosine + a * sine
         a = rotated
@@ -42,7 +56,7 @@ def _finish(
 
 @triton.jit
 def gate_query(
-    pair, q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
+    pair, q, q_stride, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
     KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     EPSILON: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +65,9 @@ def gate_query(
     head = pair % kv_heads
     at = tl.arange(0, HALF)
     used = at < half
-    own = q + pair * group * dim
+    own = q + row.to(tl.int64) * q_stride + head * group * dim
+    position = tl.load(positions + row).to(tl.int64)
+    by_a, by_b, cosine, sine = _load_finish(norm, rope, position, half, NORM, ROPE, HALF)
     if KIND == 0:  # the average itself
         a = tl.zeros([HALF], tl.float32)
         b = tl.zeros([HALF], tl.float32)
@@ -72,16 +88,15 @@ def gate_query(
                 x = tl.load(own + i, mask=there, other=0.0).to(tl.float32)
             matrix = weights + (head.to(tl.int64) * inputs + i[:, None]) * 2 * half + at[None, :]
             inside = there[:, None] & used[None, :]
-            as_ += x[:, None] * tl.load(matrix, mask=inside, other=0.0)
-            bs += x[:, None] * tl.load(matrix + half, mask=inside, other=0.0)
+            as_ += x[:, None] * tl.load(matrix, mask=inside, other=0.0).to(tl.float32)
+            bs += x[:, None] * tl.load(matrix + half, mask=inside, other=0.0).to(tl.float32)
         a, b = tl.sum(as_, 0), tl.sum(bs, 0)
-    position = tl.load(positions + row).to(tl.int64)
-    _finish(a, b, norm, rope, position, out + pair * 2 * half, half, NORM, ROPE, HALF, EPSILON)
+    _finish(a, b, by_a, by_b, cosine, sine, out + pair * 2 * half, half, NORM, ROPE, HALF, EPSILON)
 
 
 @triton.jit
 def gate_key(
-    pair, k, newest, requests, tail_len, n_pages, running, weights, norm, rope, quick,
+    pair, k, k_stride, newest, requests, tail_len, n_pages, running, weights, norm, rope, quick,
     kv_heads, dim, inputs, half, key_offset,
     MAX: tl.constexpr, MIN: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, EPSILON: tl.constexpr,
@@ -95,7 +110,7 @@ def gate_key(
         there = i < dim
         old = there & (tail > 1)
         own = running + (tl.load(requests + row) * kv_heads + head) * 3 * dim + i
-        new = tl.load(k + pair * dim + i, mask=there, other=0.0).to(tl.float32)
+        new = tl.load(k + row.to(tl.int64) * k_stride + head * dim + i, mask=there, other=0.0).to(tl.float32)
         high = tl.load(own, mask=old, other=float("-inf"))
         low = tl.load(own + dim, mask=old, other=float("inf"))
         total = tl.load(own + 2 * dim, mask=old, other=0.0) + new
@@ -106,6 +121,8 @@ def gate_key(
         used = at < half
         out = quick + (tl.load(newest + row) * kv_heads + head) * 2 * half
         if tail == TOKENS:
+            position = (tl.load(n_pages + row) - 1).to(tl.int64) * TOKENS + key_offset
+            by_a, by_b, cosine, sine = _load_finish(norm, rope, position, half, NORM, ROPE, HALF)
             tl.debug_barrier()  # what other threads of this program stored is read below
             base = running + (tl.load(requests + row) * kv_heads + head) * 3 * dim
             as_ = tl.zeros([ROWS, HALF], tl.float32)
@@ -124,10 +141,10 @@ def gate_key(
                 x = tl.where(kind == 2, x / TOKENS, x)
                 matrix = weights + (head.to(tl.int64) * inputs + j[:, None]) * 2 * half + at[None, :]
                 both = inside[:, None] & used[None, :]
-                as_ += x[:, None] * tl.load(matrix, mask=both, other=0.0)
-                bs += x[:, None] * tl.load(matrix + half, mask=both, other=0.0)
-            position = (tl.load(n_pages + row) - 1).to(tl.int64) * TOKENS + key_offset
-            _finish(tl.sum(as_, 0), tl.sum(bs, 0), norm, rope, position, out, half, NORM, ROPE, HALF, EPSILON)
+                as_ += x[:, None] * tl.load(matrix, mask=both, other=0.0).to(tl.float32)
+                bs += x[:, None] * tl.load(matrix + half, mask=both, other=0.0).to(tl.float32)
+            a, b = tl.sum(as_, 0), tl.sum(bs, 0)
+            _finish(a, b, by_a, by_b, cosine, sine, out, half, NORM, ROPE, HALF, EPSILON)
         else:
             nothing = tl.zeros([HALF], tl.float32)
             tl.store(out + at, nothing, mask=used)
@@ -136,44 +153,37 @@ def gate_key(
 
 @triton.jit
 def _queries(
-    q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
+    q, q_stride, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
     KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     EPSILON: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start(EARLY)
     gate_query(
-        tl.program_id(0), q, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half, KIND, NORM, ROPE,
-        HALF, ROWS, EPSILON,
+        tl.program_id(0), q, q_stride, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half, KIND,
+        NORM, ROPE, HALF, ROWS, EPSILON,
     )  # fmt: skip
 
 
 @triton.jit
-def _token(
-    q, positions, q_weights, q_norm, rope, out,
-    plain_k, newest, requests, tail_len, n_pages, running, k_weights, k_norm,
-    host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
+def _tap(
+    q, q_stride, positions, q_weights, q_norm, rope, out,
+    k, k_stride, newest, requests, tail_len, n_pages, running, k_weights, k_norm, quick,
     kv_heads, group, dim, q_inputs, k_inputs, half, key_offset,
     KIND: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    ROPE: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    ROPE: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, EPSILON: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start(EARLY)
     pair = tl.program_id(0)
-    part = tl.program_id(1)
-    if part == 0:
-        append_token(
-            (pair // kv_heads).to(tl.int64), pair % kv_heads, host, frames, frame_of, loc, k, v, quick, k_stride,
-            v_stride, kv_heads, 0, DIM, WIDE, TOKENS,
-        )  # fmt: skip
-    elif part == 1:
-        gate_key(
-            pair, plain_k, newest, requests, tail_len, n_pages, running, k_weights, k_norm, rope, quick,
-            kv_heads, dim, k_inputs, half, key_offset, MAX, MIN, K_NORM, ROPE, WIDE, HALF, ROWS, TOKENS, EPSILON,
+    if tl.program_id(1) == 0:
+        gate_query(
+            pair, q, q_stride, positions, q_weights, q_norm, rope, out, kv_heads, group, dim, q_inputs, half, KIND,
+            Q_NORM, ROPE, HALF, ROWS, EPSILON,
         )  # fmt: skip
     else:
-        gate_query(
-            pair, q, positions, q_weights, q_norm, rope, out, kv_heads, group, dim, q_inputs, half, KIND, Q_NORM, ROPE,
-            HALF, ROWS, EPSILON,
+        gate_key(
+            pair, k, k_stride, newest, requests, tail_len, n_pages, running, k_weights, k_norm, rope, quick,
+            kv_heads, dim, k_inputs, half, key_offset, MAX, MIN, K_NORM, ROPE, WIDE, HALF, ROWS, TOKENS, EPSILON,
         )  # fmt: skip
 
 
@@ -187,40 +197,39 @@ def gate_queries_gpu(weights: GateWeights, plain, positions, out):
     batch, kv_heads, group, dim = plain.shape
     kind, inputs = _query_form(weights, group, dim)
     _queries[(batch * kv_heads,)](
-        plain, positions, *_or_any(plain, weights.q, weights.q_norm, weights.rope), out,
+        plain, plain.stride(0), positions, *_or_any(plain, weights.q, weights.q_norm, weights.rope), out,
         kv_heads, group, dim, inputs, weights.gate_dim // 2,
         KIND=kind, NORM=weights.q_norm is not None, **_options(weights), **early(plain.device),
     )  # fmt: skip
 
 
-def gate_token_gpu(
-    weights: GateWeights, new: NewTokens, tapped, tables, running, quick, out, rotate_last: bool = False
-):
-    """Append one token a request, as `append_gpu`; take it into the key of its newest page, as `gate_keys` does; and
-    make its gate query, as `gate_queries_gpu`.
+def gate_tap_gpu(weights: GateWeights, tapped, tables, running, quick, out, rotate_last: bool = False):
+    """Make each request's gate query, as `gate_queries_gpu`, and take its new token into the key of its newest page, as
+    `gate_keys`.
 
     Args:
-        tapped: Tapped of the tokens
+        tapped: Tapped of the tokens; rows may have gaps between them
         tables: Tables
         running, quick, rotate_last: see `gate_keys`
         out: `[batch, kv_heads, gate_dim]` float32
     """
-    batch, kv_heads, dim = new.k.shape
+    batch, kv_heads, _ = out.shape
+    dim = running.shape[-1]
     if len(tapped.q) != batch or tapped.k.shape != (batch, kv_heads * dim):
-        raise ValueError(f"tapped.k is {tuple(tapped.k.shape)} and k {tuple(new.k.shape)}: not the same tokens")
-    group = tapped.q.shape[1] // (kv_heads * dim)
+        raise ValueError(f"tapped.k is {tuple(tapped.k.shape)}; needed: {(batch, kv_heads * dim)}")
+    q, k = (part if part.stride(1) == 1 else part.contiguous() for part in (tapped.q, tapped.k))
+    group = q.shape[1] // (kv_heads * dim)
     kind, inputs = _query_form(weights, group, dim)
     q_weights, q_norm, rope, k_weights, k_norm = _or_any(
         out, weights.q, weights.q_norm, weights.rope, weights.k, weights.k_norm
     )
-    _token[(batch * kv_heads, 3)](
-        tapped.q, tapped.positions, q_weights, q_norm, rope, out,
-        tapped.k, tables.newest, tables.requests, tables.tail_len, tables.n_pages, running, k_weights, k_norm,
-        *new.arguments(quick),
-        kv_heads, group, dim, inputs, len(weights.parts) * dim, weights.gate_dim // 2,
+    _tap[(batch * kv_heads, 2)](
+        q, q.stride(0), tapped.positions, q_weights, q_norm, rope, out,
+        k, k.stride(0), tables.newest, tables.requests, tables.tail_len, tables.n_pages, running, k_weights, k_norm,
+        quick, kv_heads, group, dim, inputs, len(weights.parts) * dim, weights.gate_dim // 2,
         PAGE_TOKENS - 1 if rotate_last else 0,
         KIND=kind, MAX=int("max" in weights.parts), MIN=int("min" in weights.parts),
-        Q_NORM=weights.q_norm is not None, K_NORM=weights.k_norm is not None, DIM=dim,
+        Q_NORM=weights.q_norm is not None, K_NORM=weights.k_norm is not None,
         WIDE=triton.next_power_of_2(dim), TOKENS=PAGE_TOKENS, **_options(weights), **early(out.device),
     )  # fmt: skip
 

@@ -21,7 +21,8 @@ def _score(
     q, pages, n_pages, quiet, logits, tile_max, tile_sum, host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
     scale, kv_heads, heads, max_pages, tiles,
     DIM: tl.constexpr, WIDE: tl.constexpr, RANGE: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr,
-    APPEND: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    APPEND: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, OWN_WIDE: tl.constexpr, TOKENS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     # The page table is read while the kernels in front run, which do not write it.
     pair = tl.program_id(0)
@@ -32,13 +33,14 @@ def _score(
     at = tile * PAGES + tl.arange(0, PAGES)
     page = tl.load(pages + row * max_pages + at, mask=at < max_pages, other=0).to(tl.int64)
     start(EARLY)
-    if APPEND > 0:
+    if APPEND:
         if (count > 0) & (tile == (count - 1) // PAGES):
             append_token(
                 row.to(tl.int64), pair % kv_heads, host, frames, frame_of, loc, k, v, quick, k_stride, v_stride,
-                kv_heads, APPEND, DIM, WIDE, TOKENS,
+                kv_heads, KEYS, OWN, OWN_WIDE, TOKENS,
             )  # fmt: skip
-            tl.debug_barrier()  # the newest page's key is read by other threads
+            if KEYS > 0:
+                tl.debug_barrier()  # the newest page's key is read by other threads
     if (tile * PAGES < count) & (rests == 0):
         dim = tl.arange(0, WIDE)
         valid = at < count
@@ -82,7 +84,7 @@ def _score(
                 tl.store(tile_sum + out * tiles + tile, tl.sum(tl.exp(found - top), 0))
 
 
-def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewTokens | None = None):
+def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewTokens | None = None, pooled: bool = True):
     """Fill the logits and tile sums of `scratch`, but for quiet requests.
 
     The kernel launched right before must not write to tables: they are read while it runs.
@@ -90,19 +92,22 @@ def score_tiles(q, quick, tables, scratch, scale: float, kind: str, new: NewToke
     Args:
         q: `[batch, kv_heads, heads, dim]`, any float dtype
         quick: `[all_pages, kv_heads, dim]`, any float dtype; `2 * dim` for kind "range"
-        new: each request's newest token, which is appended, also of quiet ones, and taken into its page's key (float32
-            or, for kind "range", of the dtype of k) before that is scored: a mean for kind "dot"; None: all are there
+        new: each request's newest token, which is appended, also of quiet ones; None: all are there
+        pooled: whether a new token is taken into its page's key (float32 or, for kind "range", of the dtype of k)
+            before that is scored: a mean for kind "dot"
     """
     batch, kv_heads, heads, dim = q.shape
     max_pages = tables.pages.shape[1]
     tiles = triton.cdiv(max_pages, PAGES)
     tensor_cores = 1 < heads <= HEADS and q.dtype == quick.dtype and q.dtype.itemsize == 2
-    appended = "none" if new is None else "max_min" if kind == "range" else "mean"
+    keys = "none" if new is None or not pooled else "max_min" if kind == "range" else "mean"
+    own = dim if new is None else new.k.shape[-1]
     added = (*(q,) * 6, quick, 0, 0) if new is None else new.arguments(quick)
     _score[(batch * kv_heads, tiles)](
         q, tables.pages, tables.n_pages, tables.quiet, scratch.logits, scratch.tile_max, scratch.tile_sum, *added,
         scale, kv_heads, heads, max_pages, tiles,
         DIM=dim, WIDE=max(triton.next_power_of_2(dim), 16), RANGE=KINDS[kind], PAGES=PAGES,
-        HEADS=HEADS if tensor_cores else 0, APPEND=KEYS[appended], TOKENS=PAGE_TOKENS,
+        HEADS=HEADS if tensor_cores else 0, APPEND=new is not None, KEYS=KEYS[keys], OWN=own,
+        OWN_WIDE=triton.next_power_of_2(own), TOKENS=PAGE_TOKENS,
         num_warps=2, **early(q.device),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from rheoserve_sgl.ops.doorbell import Exchange
 from rheoserve_sgl.ops.gpu.append import NewTokens, append_gpu
 from rheoserve_sgl.ops.gpu.attend import SplitRoom, attend_split, merge_parts
 from rheoserve_sgl.ops.gpu.begin import tell_step
-from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_token_gpu
+from rheoserve_sgl.ops.gpu.gate import gate_queries_gpu, gate_tap_gpu
 from rheoserve_sgl.ops.gpu.listing import Listing, list_gpu
 from rheoserve_sgl.ops.gpu.plan import MOST_PAGES, plan_gpu
 from rheoserve_sgl.ops.gpu.quiet import mark_quiet
@@ -79,13 +79,23 @@ class GpuStep:
             mark_quiet(self.pool.residency.frame_of, tables)
         tell_step(limits, tables.requests, self.budgets, self.weight, self.exchange, rows, weight, self.asker)
 
-    def layer(self, index: int, q, k, v, loc, scale: float, tapped=None) -> torch.Tensor:
+    def tap(self, index: int, tapped):
+        """Before `layer`, where the gate is a learned one: take in what it works on, which is not kept.
+
+        Args:
+            tapped: Tapped of the new tokens
+        """
+        gate, batch = self.pool.gate, len(tapped.q)
+        quick, query = self.pool.quick.layers[index], self.gate_q[:batch, :, 0]
+        tables = self.tables.rows(batch)
+        gate_tap_gpu(gate.layers[index], tapped, tables, gate.running[index], quick, query, gate.rotate_last)
+
+    def layer(self, index: int, q, k, v, loc, scale: float) -> torch.Tensor:
         """One layer's attention for the new tokens: `[batch, q_heads * head_dim]` in the dtype of q.
 
         Args:
             q: `[batch, q_heads * head_dim]`; k, v: `[batch, kv_heads, head_dim]`
             loc: `[batch]` int64, where the tokens are stored; 0 for padding
-            tapped: Tapped, for a learned gate
         """
         pool, rule = self.pool, self.rules[index]
         batch = len(q)
@@ -97,7 +107,7 @@ class GpuStep:
             list_gpu(own)
         new, scratch = NewTokens(pool.host.layers[index], pool.frames.layers[index], own.frame_of, loc, k, v), None
         if self.selects:
-            scratch = self.score(index, heads, tables, scale, tapped, new)
+            scratch = self.score(index, heads, tables, scale, new)
         else:
             append_gpu(new)
         if pool.canary is not None:
@@ -123,24 +133,23 @@ class GpuStep:
         arrived = pool.arrived[index : index + 1]
         return Listing(tables, pool.residency.frame_of[index], arrived, visit, self.seen[index % 2])
 
-    def score(self, index: int, heads, tables: Tables, scale: float, tapped=None, new=None) -> Scratch:
+    def score(self, index: int, heads, tables: Tables, scale: float, new=None, tapped=None) -> Scratch:
         """Score the blocks in `tables` for one query of each request.
 
         Args:
-            heads: `[batch, kv_heads, group, head_dim]`, queries; tapped: Tapped, the same before RoPE
+            heads: `[batch, kv_heads, group, head_dim]`, queries
             new: NewTokens, appended and taken into their pages' keys before; None: all are there
+            tapped: Tapped of the queries, for a learned gate that `tap` was not given them
         """
         quick = self.pool.quick.layers[index]
         if self.kind != "seer":
             score_tiles(heads, quick, tables, self.scratch, scale, "range" if self.kind == "max_min" else "dot", new)
             return self.scratch
-        gate, query = self.pool.gate, self.gate_q[: len(heads)]
-        weights: GateWeights = gate.layers[index]
-        if new is None:
+        query = self.gate_q[: len(heads)]
+        weights: GateWeights = self.pool.gate.layers[index]
+        if tapped is not None:
             gate_queries_gpu(weights, tapped.q.view(heads.shape), tapped.positions, query[:, :, 0])
-        else:
-            gate_token_gpu(weights, new, tapped, tables, gate.running[index], quick, query[:, :, 0], gate.rotate_last)
-        score_tiles(query, quick, tables, self.scratch, weights.gate_dim**-0.5, "dot")
+        score_tiles(query, quick, tables, self.scratch, weights.gate_dim**-0.5, "dot", new, pooled=False)
         return self.scratch
 
 
