@@ -19,8 +19,8 @@ def replace_scores(source: Drawn | Traced):
     """Let `GpuStep` score with synthetic logits in its steps; the first importance after a prompt stays the gate's."""
     real = GpuStep.score
 
-    def score(self, index, heads, tables, *rest):
-        scratch = real(self, index, heads, tables, *rest)
+    def score(self, index, heads, tables, *rest, **options):
+        scratch = real(self, index, heads, tables, *rest, **options)
         if tables.pages.data_ptr() == self.tables.pages.data_ptr():
             source.fill(index, tables, scratch, heads.shape[1])
         return scratch

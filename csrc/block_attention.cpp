@@ -16,11 +16,25 @@ namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 // Blocks of a task, which has a state of its own: few, so that one head of one request keeps many threads
-// busy and the last task of a step is short; more on long lists, so that there are not too many states.
+// busy; more on long lists, so that there are not too many states.
 constexpr int kFewest = 4, kMost = 16, kTasksOfAList = 128;
 constexpr int kShortShare = 64;  // blocks a thread
 
-int task_blocks(int count) { return std::clamp(count / kTasksOfAList, kFewest, kMost); }
+// Where there are more threads than half the KV heads, a list ends in so many tasks of two blocks and as many of one:
+// so that a call of one request ends with short ones, and that its few blocks are work for all.
+int short_tasks(int threads, int kv_heads) { return std::min(2 * threads / kv_heads, 8) / 2 * 2; }
+
+// Calls task(begin, count) for each task of a list of so many blocks. Nothing that may change from call to call, but the
+// list, decides where they begin.
+template <class Make>
+void cut(int blocks, int short_ones, const Make& task) {
+  const int step = std::clamp(blocks / kTasksOfAList, kFewest, kMost);
+  const int singles = blocks - std::min(blocks, short_ones), doubles = std::max(singles - 2 * short_ones, 0);
+  int b = 0;
+  for (; b < doubles; b += step) task(b, std::min(step, doubles - b));
+  for (b = doubles; b < singles; b += 2) task(b, std::min(2, singles - b));
+  for (; b < blocks; ++b) task(b, 1);
+}
 
 [[noreturn]] void refuse(const AttendArgs& a, int pair, const char* name, int64_t value, int64_t low, int64_t high) {
   throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " is not in [" + std::to_string(low) + ", " +
@@ -28,8 +42,8 @@ int task_blocks(int count) { return std::clamp(count / kTasksOfAList, kFewest, k
                           std::to_string(pair % a.kv_heads));
 }
 
-void split(const AttendArgs& a, Workspace& w) {
-  const int pairs = a.batch * a.kv_heads;
+void split(const AttendArgs& a, int threads, Workspace& w) {
+  const int pairs = a.batch * a.kv_heads, short_ones = short_tasks(threads, a.kv_heads);
   w.tasks.clear();
   w.first.resize(pairs + 1);
   if (w.left_size < static_cast<size_t>(pairs)) {
@@ -44,8 +58,7 @@ void split(const AttendArgs& a, Workspace& w) {
       if (count < 0 || count > tier.max_list) refuse(a, pair, "count", count, 0, tier.max_list);
       if (count > 0 && (tier.last_len[pair] < 1 || tier.last_len[pair] > kBlockTokens))
         refuse(a, pair, "last_len", tier.last_len[pair], 1, kBlockTokens);
-      const int step = task_blocks(count);
-      for (int b = 0; b < count; b += step) w.tasks.push_back({pair, t, b, std::min(step, count - b)});
+      cut(count, short_ones, [&](int begin, int blocks) { w.tasks.push_back({pair, t, begin, blocks}); });
     }
     w.left[pair].store(static_cast<int>(w.tasks.size()) - w.first[pair], std::memory_order_relaxed);
   }
@@ -54,20 +67,27 @@ void split(const AttendArgs& a, Workspace& w) {
 
 // Threads take chunks of neighbouring tasks: large ones first, for which a kernel is set up once, then smaller
 // ones, so that all threads end together. A chunk's size is what it reads, in blocks: tasks differ. Where each thread
-// has little to read, setting up counts: its first two chunks, which it draws together, are half of its share and a task.
+// has little to read, the short tasks of all lists come last, and setting up counts: a thread's first two chunks, which it
+// draws together, are half of its share and a task.
 void chunk(int threads, Workspace& w) {
   const int tasks = static_cast<int>(w.tasks.size());
   int64_t left = 0;
   for (const Task& task : w.tasks) left += task.count;
   const int64_t share = left / threads;
-  const int firsts = share <= kShortShare ? 2 * threads : 0;
+  const bool little = share <= kShortShare;
+  w.order.clear();
+  for (int i = 0; i < tasks; ++i)
+    if (!little || w.tasks[i].count > 2) w.order.push_back(i);
+  for (int i = 0; i < tasks && little; ++i)
+    if (w.tasks[i].count <= 2) w.order.push_back(i);
+  const int firsts = little ? 2 * threads : 0;
   w.chunks.clear();
   for (int begin = 0; begin < tasks;) {
     const int number = static_cast<int>(w.chunks.size());
     w.chunks.push_back(begin);
     const int64_t most = number >= firsts ? left / (4 * threads) : number % 2 == 0 ? share / 2 : 0;
-    int64_t taken = w.tasks[begin++].count;
-    while (begin < tasks && taken + w.tasks[begin].count <= most) taken += w.tasks[begin++].count;
+    int64_t taken = w.tasks[w.order[begin++]].count;
+    while (begin < tasks && taken + w.tasks[w.order[begin]].count <= most) taken += w.tasks[w.order[begin++]].count;
     left -= taken;
   }
   w.chunks.push_back(tasks);
@@ -127,24 +147,26 @@ const void* first_block(const AttendArgs& a, const Task& task) {
 
 // Attends to the tasks of a chunk, those of one list in one run; `after` is this thread's next chunk, or -1.
 void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk, int after) {
+  const auto task_at = [&](int i) -> const Task& { return w.tasks[w.order[i]]; };
   int begin = w.chunks[chunk];
   const int end = w.chunks[chunk + 1];
-  for (int i = begin; i < end; ++i) check_ids(a, w.tasks[i]);
+  for (int i = begin; i < end; ++i) check_ids(a, task_at(i));
   const void* last_next = nullptr;
   if (after >= 0) {
-    check_ids(a, w.tasks[w.chunks[after]]);
-    last_next = first_block(a, w.tasks[w.chunks[after]]);
+    check_ids(a, task_at(w.chunks[after]));
+    last_next = first_block(a, task_at(w.chunks[after]));
   }
   while (begin < end) {
-    const Task& task = w.tasks[begin];
+    const Task& task = task_at(begin);
     const Tier& tier = a.tiers[task.tier];
     int stop = begin, count = 0;
-    for (; stop < end && w.tasks[stop].pair == task.pair && w.tasks[stop].tier == task.tier; ++stop) count += w.tasks[stop].count;
+    for (; stop < end && w.order[stop] - w.order[begin] == stop - begin && task_at(stop).pair == task.pair && task_at(stop).tier == task.tier; ++stop)
+      count += task_at(stop).count;
     const bool ends_list = task.begin + count == tier.counts[task.pair];
-    const void* next = stop < end ? first_block(a, w.tasks[stop]) : last_next;
+    const void* next = stop < end ? first_block(a, task_at(stop)) : last_next;
     kernel({a.q + static_cast<int64_t>(task.pair) * a.group * a.dim, a.scale, tier.blocks, ids_of(a, task), count,
-            ends_list ? tier.last_len[task.pair] : kBlockTokens, task.count, next, a.group, a.dim,
-            w.states.get() + begin * State::floats(a.group, a.dim)});
+            ends_list ? tier.last_len[task.pair] : kBlockTokens, &task, next, a.group, a.dim,
+            w.states.get() + w.order[begin] * State::floats(a.group, a.dim)});
     // Whoever finishes a pair's last task folds its states.
     if (w.left[task.pair].fetch_sub(stop - begin, std::memory_order_acq_rel) == stop - begin) finish(a, w, task.pair);
     begin = stop;
@@ -154,7 +176,7 @@ void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk
 }  // namespace
 
 void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Workspace& w) {
-  split(a, w);
+  split(a, pool.size(), w);
   chunk(pool.size(), w);
   const size_t floats = w.tasks.size() * State::floats(a.group, a.dim);
   if (w.states_size < floats) {

@@ -35,7 +35,14 @@ struct State {
   static State at(float* base, int group) { return {base, base + group, base + 2 * group}; }
 };
 
-// A run of listed blocks of one (request, KV head). Every `blocks_a_state` blocks go to a state of their own.
+// Blocks of one state.
+struct Task {
+  int pair;  // request * kv_heads + head
+  int tier;
+  int begin, count;  // of the pair's list
+};
+
+// A run of listed blocks of one (request, KV head): one or more tasks, each with a state of its own.
 struct Run {
   const float* q;        // [group, dim]
   float scale;           // of the softmax
@@ -43,11 +50,11 @@ struct Run {
   const int32_t* ids;    // [count] block ids
   int count;
   int last_len;          // valid tokens of the last listed block, 1..64
-  int blocks_a_state;
+  const Task* tasks;
   const void* next;      // a block that will be read after this run, or null
   int group;
   int dim;
-  float* states;         // as many as the blocks need, uninitialised
+  float* states;         // as many as tasks, uninitialised
 };
 
 using AttendRun = void (*)(const Run&);
@@ -83,27 +90,21 @@ struct AttendArgs {
 
 class ThreadPool;
 
-// Blocks of one state.
-struct Task {
-  int pair;  // request * kv_heads + head
-  int tier;
-  int begin, count;  // of the pair's list
-};
-
 // What `attend` needs between its arguments and its results; kept from call to call, because its pages are
 // expensive to touch anew.
 struct Workspace {
-  std::vector<Task> tasks;
+  std::vector<Task> tasks;                    // of all lists, in their order
   std::vector<int> first;                     // first task of each pair, and the end
-  std::vector<int> chunks;                    // first task of each chunk that a thread takes, and the end
+  std::vector<int> order;                     // of the tasks, as threads take them
+  std::vector<int> chunks;                    // where in `order` each chunk that a thread takes begins, and the end
   std::unique_ptr<std::atomic<int>[]> left;   // unfinished tasks of each pair
   size_t left_size = 0;
   std::unique_ptr<float[], void (*)(void*)> states{nullptr, std::free};  // max, sum and acc of each task
   size_t states_size = 0;
 };
 
-// Attention over the union of the tiers' lists, which must be disjoint. A task's order of additions depends
-// on its own list only, so a request gets the same bits alone or in a batch, and on any number of threads.
+// Attention over the union of the tiers' lists, which must be disjoint. The order of additions depends
+// on a list and on the pool's size only, so a request gets the same bits alone or in a batch.
 // Throws std::out_of_range for a block id, count or tail length outside its bounds.
 void attend(const AttendArgs& args, const Variant& variant, ThreadPool& pool, Workspace& workspace);
 

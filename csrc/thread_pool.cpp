@@ -94,17 +94,22 @@ void ThreadPool::work() {
 
 ThreadPool::Ticket ThreadPool::draw(int some) {
   uint64_t ticket = tickets_.load(std::memory_order_relaxed);
+  const auto count_of = [](uint64_t of) { return static_cast<int>(of >> kCountShift & kField); };
+  const auto index_of = [](uint64_t of) { return static_cast<int>(of & kField); };
   // Not drawing where there is nothing keeps the index within its field, however often threads look.
-  if ((ticket & kField) >= (ticket >> kCountShift & kField)) return {-1, 0};
+  if (index_of(ticket) >= count_of(ticket)) return {-1, -1, 0};
+  if (count_of(ticket) < 2 * size()) some = 1;
   ticket = tickets_.fetch_add(some, std::memory_order_acq_rel);
-  const int count = static_cast<int>(ticket >> kCountShift & kField), index = static_cast<int>(ticket & kField);
-  return {index < count ? index : -1, count};
+  const int count = count_of(ticket), index = index_of(ticket);
+  return {index < count ? index : -1, some == 2 && index + 1 < count ? index + 1 : -1, count};
 }
 
 void ThreadPool::drain() {
-  // A thread draws one ahead. All its tickets are of one round, which cannot end before this thread tells what it did.
+  // A thread that drew two draws one ahead from then on; where there are few, none is kept while another thread has none.
+  // All its tickets are of one round, which cannot end before this thread tells what it did.
   const Ticket first = draw(2);
-  int now = first.index, next = now >= 0 && now + 1 < first.count ? now + 1 : -1, done = 0;
+  const bool ahead = first.next >= 0;
+  int now = first.index, next = first.next, done = 0;
   while (now >= 0) {
     try {
       (*task_)(now, next);
@@ -113,8 +118,8 @@ void ThreadPool::drain() {
       if (!error_) error_ = std::current_exception();
     }
     ++done;
-    now = next;
-    if (next >= 0) next = draw(1).index;
+    now = ahead ? next : draw(1).index;
+    next = ahead && now >= 0 ? draw(1).index : -1;
   }
   if (done > 0 && done_.fetch_add(done, std::memory_order_acq_rel) + done == first.count) done_.notify_one();
 }

@@ -28,7 +28,8 @@ class ThreadPool {
   using Work = std::function<void(int index, int next)>;
 
   // Calls task once for every index in [0, count), roughly in order, and returns when all are
-  // done. A thread that has done nothing yet takes two in a row, all others one after another. One caller at a time; a second one waits. The first exception is rethrown.
+  // done. A thread that has done nothing yet takes two in a row where there are two for each, all others one after
+  // another. One caller at a time; a second one waits. The first exception is rethrown.
   void run(int count, const Work& task);
 
   // While on, idle workers poll instead of sleeping: for the time that work is about to come.
@@ -38,7 +39,8 @@ class ThreadPool {
   void stop();
   void work();
   struct Ticket {
-    int index;  // the first of those drawn, or -1 where the round has none left
+    int index;  // -1 where the round has none left
+    int next;   // the one drawn with it, or -1
     int count;  // of the round
   };
   Ticket draw(int some);

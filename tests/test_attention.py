@@ -142,15 +142,17 @@ def test_nan_poisons_its_own_head_only(impl, dtype):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_answer_depends_on_neither_threads_nor_batch(variant, dtype):
-    visit = make_visit(3, 2, (700, 3, 77, 16, 1, 0), 800, 2)  # of more than 639 blocks tasks are longer
-    alone = Visit(*(t[:1].contiguous() for t in (visit.blocks, visit.count, visit.last_len)))
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_answer_does_not_depend_on_the_batch(variant, dtype, threads):
+    visit = make_visit(4, 2, (700, 3, 77, 16, 1, 0, 9, 24), 800, 2)  # of more than 639 blocks tasks are longer
     for group in GROUPS:
-        blocks, q = torch.randn(800, 2, 64, 64).to(dtype), torch.randn(3, 2, group, 64)
-        together = attend_cpu(q, ((blocks, visit),), 0.125, 3, variant)
-        single = attend_cpu(q[:1].contiguous(), ((blocks, alone),), 0.125, 1, variant)
-        assert torch.equal(together[0][:1], single[0])
-        assert torch.equal(together[1][:1], single[1])
+        blocks, q = torch.randn(800, 2, 64, 64).to(dtype), torch.randn(4, 2, group, 64)
+        together = attend_cpu(q, ((blocks, visit),), 0.125, threads, variant)
+        for row in range(4):
+            alone = Visit(*(t[row : row + 1] for t in (visit.blocks, visit.count, visit.last_len)))
+            single = attend_cpu(q[row : row + 1], ((blocks, alone),), 0.125, threads, variant)
+            assert torch.equal(together[0][row : row + 1], single[0])
+            assert torch.equal(together[1][row : row + 1], single[1])
 
 
 @pytest.mark.parametrize("empty", ["neither", "device", "host"])

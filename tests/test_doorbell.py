@@ -53,7 +53,7 @@ def test_layers_answer_in_turn_with_the_bits_of_a_call():
             fill(exchange, batch)
             ring(exchange)
             visit = Visit(exchange.visit.blocks[:batch], exchange.visit.count[:batch], exchange.visit.last_len[:batch])
-            out, lse = attend_cpu(exchange.q[:batch], ((store, visit),), 0.125, 1)
+            out, lse = attend_cpu(exchange.q[:batch], ((store, visit),), 0.125, 2)
             assert torch.equal(exchange.out[:batch], out)
             assert torch.equal(exchange.lse[:batch], lse)
             assert bool(exchange.out[batch:].isnan().all())  # rows that are not in use cost nothing
@@ -66,7 +66,7 @@ def test_requests_may_be_passed_over():
         doorbell.expect(passed + 1)
         fill(exchange, BATCH)
         number = ring(exchange, passed)
-        out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 1)
+        out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 2)
         assert torch.equal(exchange.out, out)
     assert 0 < doorbell.busy_seconds < SECONDS
     time.sleep(0.05)
@@ -80,7 +80,7 @@ def test_who_asks_more_than_was_expected_is_answered_and_costs_no_polling():
     doorbell.expect(1)
     fill(exchange, BATCH)
     number = ring(exchange, 2)  # as if three had been expected
-    out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 1)
+    out, _ = attend_cpu(exchange.q, ((stores[(number - 1) % 3], exchange.visit),), 0.125, 2)
     assert torch.equal(exchange.out, out)
     assert processor_seconds(0.3) < 0.1
     doorbell.expect(3)
@@ -100,7 +100,7 @@ def test_a_failing_request_is_answered_and_named():
         doorbell.check()
     fill(exchange, BATCH)
     ring(exchange)  # and the next one is served
-    out, _ = attend_cpu(exchange.q, ((stores[2], exchange.visit),), 0.125, 1)
+    out, _ = attend_cpu(exchange.q, ((stores[2], exchange.visit),), 0.125, 2)
     assert torch.equal(exchange.out, out)
     doorbell.expect(1)
     fill(exchange, BATCH + 1)

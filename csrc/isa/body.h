@@ -172,10 +172,12 @@ void attend_run(const Run& run) {
   alignas(64) float rescale[kMaxGroup];
   Math math(run);
   State state{};
+  int until = 0, task = 0;
   for (int b = 0; b < run.count; ++b) {
-    if (b % run.blocks_a_state == 0) {
+    if (b == until) {
       if (b > 0) math.finish();
-      state = State::at(run.states + b / run.blocks_a_state * State::floats(run.group, run.dim), run.group);
+      state = State::at(run.states + task * State::floats(run.group, run.dim), run.group);
+      until += run.tasks[task++].count;
       fill(state.max, run.group, kLowest);
       fill(state.sum, run.group, 0.0f);
       math.begin(state.acc);

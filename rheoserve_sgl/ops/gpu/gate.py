@@ -167,7 +167,7 @@ def _queries(
 @triton.jit
 def _tap(
     q, q_stride, positions, q_weights, q_norm, rope, out,
-    k, k_stride, newest, requests, tail_len, n_pages, running, k_weights, k_norm, quick,
+    k, k_stride, newest, requests, tail_len, n_pages, quiet, running, k_weights, k_norm, quick,
     kv_heads, group, dim, q_inputs, k_inputs, half, key_offset,
     KIND: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     ROPE: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -176,10 +176,11 @@ def _tap(
     start(EARLY)
     pair = tl.program_id(0)
     if tl.program_id(1) == 0:
-        gate_query(
-            pair, q, q_stride, positions, q_weights, q_norm, rope, out, kv_heads, group, dim, q_inputs, half, KIND,
-            Q_NORM, ROPE, HALF, ROWS, EPSILON,
-        )  # fmt: skip
+        if tl.load(quiet + pair // kv_heads) == 0:
+            gate_query(
+                pair, q, q_stride, positions, q_weights, q_norm, rope, out, kv_heads, group, dim, q_inputs, half, KIND,
+                Q_NORM, ROPE, HALF, ROWS, EPSILON,
+            )  # fmt: skip
     else:
         gate_key(
             pair, k, k_stride, newest, requests, tail_len, n_pages, running, k_weights, k_norm, rope, quick,
@@ -204,8 +205,8 @@ def gate_queries_gpu(weights: GateWeights, plain, positions, out):
 
 
 def gate_tap_gpu(weights: GateWeights, tapped, tables, running, quick, out, rotate_last: bool = False):
-    """Make each request's gate query, as `gate_queries_gpu`, and take its new token into the key of its newest page, as
-    `gate_keys`.
+    """Make each request's gate query, as `gate_queries_gpu`, but for quiet ones, and take its new token into the key of
+    its newest page, as `gate_keys`.
 
     Args:
         tapped: Tapped of the tokens; rows may have gaps between them
@@ -225,8 +226,8 @@ def gate_tap_gpu(weights: GateWeights, tapped, tables, running, quick, out, rota
     )
     _tap[(batch * kv_heads, 2)](
         q, q.stride(0), tapped.positions, q_weights, q_norm, rope, out,
-        k, k.stride(0), tables.newest, tables.requests, tables.tail_len, tables.n_pages, running, k_weights, k_norm,
-        quick, kv_heads, group, dim, inputs, len(weights.parts) * dim, weights.gate_dim // 2,
+        k, k.stride(0), tables.newest, tables.requests, tables.tail_len, tables.n_pages, tables.quiet, running,
+        k_weights, k_norm, quick, kv_heads, group, dim, inputs, len(weights.parts) * dim, weights.gate_dim // 2,
         PAGE_TOKENS - 1 if rotate_last else 0,
         KIND=kind, MAX=int("max" in weights.parts), MIN=int("min" in weights.parts),
         Q_NORM=weights.q_norm is not None, K_NORM=weights.k_norm is not None,
