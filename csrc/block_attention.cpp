@@ -30,10 +30,9 @@ template <class Make>
 void cut(int blocks, int short_ones, const Make& task) {
   const int step = std::clamp(blocks / kTasksOfAList, kFewest, kMost);
   const int singles = blocks - std::min(blocks, short_ones), doubles = std::max(singles - 2 * short_ones, 0);
-  int b = 0;
-  for (; b < doubles; b += step) task(b, std::min(step, doubles - b));
-  for (b = doubles; b < singles; b += 2) task(b, std::min(2, singles - b));
-  for (; b < blocks; ++b) task(b, 1);
+  for (int b = 0; b < doubles; b += step) task(b, std::min(step, doubles - b));
+  for (int b = doubles; b < singles; b += 2) task(b, std::min(2, singles - b));
+  for (int b = singles; b < blocks; ++b) task(b, 1);
 }
 
 [[noreturn]] void refuse(const AttendArgs& a, int pair, const char* name, int64_t value, int64_t low, int64_t high) {

@@ -155,6 +155,20 @@ def test_answer_does_not_depend_on_the_batch(variant, dtype, threads):
             assert torch.equal(together[1][row : row + 1], single[1])
 
 
+@pytest.mark.parametrize(("threads", "kv_heads"), [(3, 2), (5, 2), (16, 1)])
+def test_lists_of_every_length_on_many_threads(threads, kv_heads):
+    """These are cut into tasks of other lengths."""
+    blocks, rows = torch.randn(40, 2, 64, 64), range(1, 31)
+    visit = make_visit(30, kv_heads, tuple(n for n in rows for _ in range(kv_heads)), 40, 5)
+    q = torch.randn(30, kv_heads, 4, 64)
+    expected = oracle(q, blocks, visit, 0.125)
+    check(attend_cpu(q, ((blocks, visit),), 0.125, threads), expected)
+    for row in (0, 3, 8, 11, 12, 29):
+        alone = Visit(*(t[row : row + 1] for t in (visit.blocks, visit.count, visit.last_len)))
+        answer = attend_cpu(q[row : row + 1], ((blocks, alone),), 0.125, threads)
+        check(answer, tuple(part[row : row + 1] for part in expected))
+
+
 @pytest.mark.parametrize("empty", ["neither", "device", "host"])
 def test_two_tiers_equal_one(empty):
     """However a list is split between the tiers, the merged answer is that of the whole."""

@@ -128,7 +128,7 @@ void try_attention(Random& random, ThreadPool& pool, Workspace& workspace) {
 }
 
 // Rings as a GPU would, by stores, and compares with a call.
-void try_doorbell(Random& random, ThreadPool& pool, Workspace& workspace) {
+void try_doorbell(Random& random, Workspace& workspace) {
   constexpr int kPairs = 2, kGroup = 4, kDim = 64, kList = 3;
   const Store stores[2] = {Store(random, DType::kBFloat16, 6, kDim), Store(random, DType::kBFloat16, 6, kDim)};
   std::vector<float> q(kPairs * kGroup * kDim), out(q.size()), lse(kPairs * kGroup);
@@ -144,7 +144,9 @@ void try_doorbell(Random& random, ThreadPool& pool, Workspace& workspace) {
   }
   Bell bell{};
   const Variant& variant = choose_variant("");
-  Doorbell doorbell(layers, &batch, &bell, variant, random.between(1, 3), {});
+  const int threads = random.between(1, 3);
+  Doorbell doorbell(layers, &batch, &bell, variant, threads, {});
+  ThreadPool pool(threads, {});
   for (uint64_t number = 1; number <= 6; ++number) {
     if (number % 2 == 1) doorbell.expect(2);
     for (float& x : q) x = random.normal();
@@ -251,8 +253,8 @@ int main(int argc, char** argv) {
         try_attention(random, shared, workspace);
         try_planning(random, shared);
         try_gate(random, shared);
-        try_doorbell(random, shared, workspace);
-        ThreadPool own(random.between(1, 4), {});
+        try_doorbell(random, workspace);
+        ThreadPool own(random.between(1, 9), {});
         try_attention(random, own, workspace);
         std::vector<char> memory(3 << 20);
         first_touch(memory.data(), static_cast<int64_t>(memory.size()), own);
