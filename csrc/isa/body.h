@@ -167,7 +167,8 @@ void attend_run(const Run& run) {
   const int64_t early = half_bytes / 256 * Math::kEarly;
   const auto block = [&](int b) { return blocks + 2 * half * run.ids[b]; };
   // While the kernel is set up; after another run of this thread they are there.
-  for (int64_t line = 0; line < half_bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(block(0)) + line, 0, 2);
+  const char* first = reinterpret_cast<const char*>(block(0));
+  Ahead{first, first + half_bytes}.steps(static_cast<int>(half_bytes / 64));
   alignas(64) float weights[kBlockTokens * kMaxGroup];
   alignas(64) float rescale[kMaxGroup];
   Math math(run);
