@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -15,24 +16,22 @@ namespace rheo {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// Blocks of a task, which has a state of its own: few, so that one head of one request keeps many threads
-// busy; more on long lists, so that there are not too many states.
-constexpr int kFewest = 4, kMost = 16, kTasksOfAList = 128;
-constexpr int kShortShare = 64;  // blocks a thread
+constexpr int kShortShare = 64;             // blocks a thread
+constexpr int kMostOfAll = 64, kMost = 16;  // blocks of a task: more of long lists, so that there are not too many states
 
-// Where there are more threads than half the KV heads, a list ends in so many tasks of two blocks and as many of one:
-// so that a call of one request ends with short ones, and that its few blocks are work for all.
-int short_tasks(int threads, int kv_heads) { return std::min(2 * threads / kv_heads, 8) / 2 * 2; }
-
-// Calls task(begin, count) for each task of a list of so many blocks. Nothing that may change from call to call, but the
-// list, decides where they begin.
+// Calls task(begin, count) for each task of a list. Each is what of the rest comes to one of a head's share of the threads,
+// at most half: few tasks, since a state that another thread folds costs some microseconds, and short ones at the end, but
+// where many heads come to a thread. Nothing that may change from call to call, but the list, decides where they begin.
 template <class Make>
-void cut(int blocks, int short_ones, const Make& task) {
-  const int step = std::clamp(blocks / kTasksOfAList, kFewest, kMost);
-  const int singles = blocks - std::min(blocks, short_ones), doubles = std::max(singles - 2 * short_ones, 0);
-  for (int b = 0; b < doubles; b += step) task(b, std::min(step, doubles - b));
-  for (int b = doubles; b < singles; b += 2) task(b, std::min(2, singles - b));
-  for (int b = singles; b < blocks; ++b) task(b, 1);
+void cut(int blocks, int threads, int kv_heads, const Make& task) {
+  const int64_t most = std::clamp(blocks / 128, kMost, kMostOfAll), least = std::clamp(kv_heads / threads, 1, kMost);
+  const int64_t parts = 2 * threads < 3 * kv_heads ? 2 * kv_heads : threads;
+  for (int begin = 0; begin < blocks;) {
+    const int64_t left = blocks - begin;
+    const int count = static_cast<int>(std::min(left, std::clamp((left * kv_heads + parts - 1) / parts, least, most)));
+    task(begin, count);
+    begin += count;
+  }
 }
 
 [[noreturn]] void refuse(const AttendArgs& a, int pair, const char* name, int64_t value, int64_t low, int64_t high) {
@@ -42,7 +41,7 @@ void cut(int blocks, int short_ones, const Make& task) {
 }
 
 void split(const AttendArgs& a, int threads, Workspace& w) {
-  const int pairs = a.batch * a.kv_heads, short_ones = short_tasks(threads, a.kv_heads);
+  const int pairs = a.batch * a.kv_heads;
   w.tasks.clear();
   w.first.resize(pairs + 1);
   if (w.left_size < static_cast<size_t>(pairs)) {
@@ -57,70 +56,92 @@ void split(const AttendArgs& a, int threads, Workspace& w) {
       if (count < 0 || count > tier.max_list) refuse(a, pair, "count", count, 0, tier.max_list);
       if (count > 0 && (tier.last_len[pair] < 1 || tier.last_len[pair] > kBlockTokens))
         refuse(a, pair, "last_len", tier.last_len[pair], 1, kBlockTokens);
-      cut(count, short_ones, [&](int begin, int blocks) { w.tasks.push_back({pair, t, begin, blocks}); });
+      cut(count, threads, a.kv_heads, [&](int begin, int blocks) { w.tasks.push_back({pair, t, begin, blocks}); });
     }
     w.left[pair].store(static_cast<int>(w.tasks.size()) - w.first[pair], std::memory_order_relaxed);
   }
   w.first[pairs] = static_cast<int>(w.tasks.size());
 }
 
+// Tasks by size, the largest first.
+void sort(Workspace& w) {
+  int places[kMostOfAll + 1] = {};  // where those of a number of blocks go, by how many fewer than the most they are
+  for (const Task& task : w.tasks) ++places[kMostOfAll - task.count + 1];
+  for (int i = 1; i <= kMostOfAll; ++i) places[i] += places[i - 1];
+  for (int i = 0; i < static_cast<int>(w.tasks.size()); ++i) w.order[places[kMostOfAll - w.tasks[i].count]++] = i;
+}
+
 // Threads take chunks of neighbouring tasks: large ones first, for which a kernel is set up once, then smaller
 // ones, so that all threads end together. A chunk's size is what it reads, in blocks: tasks differ. Where each thread
-// has little to read, the short tasks of all lists come last, and setting up counts: a thread's first two chunks, which it
-// draws together, are half of its share and a task.
-void chunk(int threads, Workspace& w) {
+// has little to read, setting up counts: its first two chunks, which it draws together, are half of its share and a task.
+// Where there are hardly more lists than threads each takes a task at a time, the largest first. Returns how many chunks a
+// thread draws at first.
+int chunk(int threads, int lists, Workspace& w) {
   const int tasks = static_cast<int>(w.tasks.size());
   int64_t left = 0;
   for (const Task& task : w.tasks) left += task.count;
   const int64_t share = left / threads;
-  const bool little = share <= kShortShare;
-  w.order.clear();
-  for (int i = 0; i < tasks; ++i)
-    if (!little || w.tasks[i].count > 2) w.order.push_back(i);
-  for (int i = 0; i < tasks && little; ++i)
-    if (w.tasks[i].count <= 2) w.order.push_back(i);
-  const int firsts = little ? 2 * threads : 0;
+  w.order.resize(tasks);
   w.chunks.clear();
+  if (lists < 2 * threads && share <= kShortShare) {
+    sort(w);
+    w.chunks.resize(tasks + 1);
+    std::iota(w.chunks.begin(), w.chunks.end(), 0);
+    return 1;
+  }
+  std::iota(w.order.begin(), w.order.end(), 0);
+  const int firsts = share <= kShortShare ? 2 * threads : 0;
   for (int begin = 0; begin < tasks;) {
     const int number = static_cast<int>(w.chunks.size());
     w.chunks.push_back(begin);
     const int64_t most = number >= firsts ? left / (4 * threads) : number % 2 == 0 ? share / 2 : 0;
-    int64_t taken = w.tasks[w.order[begin++]].count;
-    while (begin < tasks && taken + w.tasks[w.order[begin]].count <= most) taken += w.tasks[w.order[begin++]].count;
+    int64_t taken = w.tasks[begin++].count;
+    while (begin < tasks && taken + w.tasks[begin].count <= most) taken += w.tasks[begin++].count;
     left -= taken;
   }
   w.chunks.push_back(tasks);
+  return 2;
 }
 
-State state_of(const AttendArgs& a, const Workspace& w, int task) {
-  return State::at(w.states.get() + task * State::floats(a.group, a.dim), a.group);
-}
-
-// out += weight * acc
-RHEO_CLONES void add_scaled(float* out, float weight, const float* acc, int dim) {
-  for (int j = 0; j < dim; ++j) out[j] += weight * acc[j];
-}
-
-// Folds the states of one pair, in list order, and writes its output and LSE.
-void finish(const AttendArgs& a, const Workspace& w, int pair) {
-  const int row = a.group * a.dim;
-  const int first = w.first[pair], end = w.first[pair + 1];
-  for (int h = 0; h < a.group; ++h) {
-    float top = kLowest;
-    for (int i = first; i < end; ++i) top = std::max(top, state_of(a, w, i).max[h]);
-    float* out = a.out + static_cast<int64_t>(pair) * row + h * a.dim;
-    std::fill(out, out + a.dim, 0.0f);
-    float total = 0.0f;
-    for (int i = first; i < end; ++i) {
-      const State state = state_of(a, w, i);
-      const float weight = state.max[h] == top ? 1.0f : std::exp(state.max[h] - top);
-      total += weight * state.sum[h];
-      add_scaled(out, weight, state.acc + h * a.dim, a.dim);
+// Folds `count` states that lie one behind the other, in their order, into an output `[group, dim]` and its LSE. Most of
+// them other threads wrote just now: a line after another would be waited for, so all are asked for before.
+RHEO_CLONES void fold(float* states, int count, int group, int dim, float* out, float* lse) {
+  const int64_t apart = State::floats(group, dim);
+  for (int64_t i = 0; i < count * apart; i += 16) __builtin_prefetch(states + i, 0, 3);
+  float top[kMaxGroup], total[kMaxGroup] = {};
+  std::fill(top, top + kMaxGroup, kLowest);
+  for (int i = 0; i < count; ++i)
+    for (int h = 0; h < group; ++h) top[h] = std::max(top[h], State::at(states + i * apart, group).max[h]);
+  alignas(64) float sums[kMaxGroup * kMaxDim];
+  for (int i = 0; i < count; ++i) {
+    const State state = State::at(states + i * apart, group);
+    for (int h = 0; h < group; ++h) {
+      const float weight = state.max[h] == top[h] ? 1.0f : std::exp(state.max[h] - top[h]);
+      total[h] += weight * state.sum[h];
+      const float* acc = state.acc + h * dim;
+      float* sum = sums + h * dim;
+      if (i == 0)
+        for (int j = 0; j < dim; ++j) sum[j] = weight * acc[j];
+      else
+        for (int j = 0; j < dim; ++j) sum[j] += weight * acc[j];
     }
-    a.lse[pair * a.group + h] = first == end ? kLowest : top + std::log(total);
-    const float inverse = first == end ? 0.0f : 1.0f / total;
-    for (int j = 0; j < a.dim; ++j) out[j] *= inverse;
   }
+  for (int h = 0; h < group; ++h) {
+    lse[h] = top[h] + std::log(total[h]);
+    const float inverse = 1.0f / total[h];
+    for (int j = 0; j < dim; ++j) out[h * dim + j] = sums[h * dim + j] * inverse;
+  }
+}
+
+float* states_at(const AttendArgs& a, const Workspace& w, int task) { return w.states.get() + task * State::floats(a.group, a.dim); }
+
+// Writes the output and the LSE of one pair, whose states, if any, are all there.
+void finish(const AttendArgs& a, const Workspace& w, int pair) {
+  const int first = w.first[pair], count = w.first[pair + 1] - first, row = a.group * a.dim;
+  float *out = a.out + static_cast<int64_t>(pair) * row, *lse = a.lse + pair * a.group;
+  if (count > 0) return fold(states_at(a, w, first), count, a.group, a.dim, out, lse);
+  std::fill(out, out + row, 0.0f);
+  std::fill(lse, lse + a.group, kLowest);
 }
 
 int64_t block_bytes(const AttendArgs& a) {
@@ -165,7 +186,7 @@ void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk
     const void* next = stop < end ? first_block(a, task_at(stop)) : last_next;
     kernel({a.q + static_cast<int64_t>(task.pair) * a.group * a.dim, a.scale, tier.blocks, ids_of(a, task), count,
             ends_list ? tier.last_len[task.pair] : kBlockTokens, &task, next, a.group, a.dim,
-            w.states.get() + w.order[begin] * State::floats(a.group, a.dim)});
+            states_at(a, w, w.order[begin])});
     // Whoever finishes a pair's last task folds its states.
     if (w.left[task.pair].fetch_sub(stop - begin, std::memory_order_acq_rel) == stop - begin) finish(a, w, task.pair);
     begin = stop;
@@ -176,7 +197,9 @@ void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk
 
 void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Workspace& w) {
   split(a, pool.size(), w);
-  chunk(pool.size(), w);
+  int lists = 0;
+  for (int pair = 0; pair < a.batch * a.kv_heads; ++pair) lists += w.first[pair] < w.first[pair + 1];
+  const int first = chunk(pool.size(), lists, w);
   const size_t floats = w.tasks.size() * State::floats(a.group, a.dim);
   if (w.states_size < floats) {
     // Not zeroed: every task writes its own.
@@ -189,7 +212,7 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Works
     if (w.first[pair] == w.first[pair + 1]) finish(a, w, pair);
   const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
   const auto work = [&](int chunk, int after) { attend_chunk(a, w, kernel, chunk, after); };
-  pool.run(static_cast<int>(w.chunks.size()) - 1, std::cref(work));  // (a copy of it would be on the heap)
+  pool.run(static_cast<int>(w.chunks.size()) - 1, std::cref(work), first);  // (a copy of it would be on the heap)
 }
 
 }  // namespace rheo

@@ -48,13 +48,14 @@ void ThreadPool::stop() {
   workers_.clear();
 }
 
-void ThreadPool::run(int count, const Work& task) {
+void ThreadPool::run(int count, const Work& task, int first) {
   if (count <= 0) return;
   if (count > kMaxTasks) throw std::length_error("too many tasks for one round: " + std::to_string(count));
   std::lock_guard<std::mutex> one_caller(caller_);
   task_ = &task;
   error_ = nullptr;
   done_.store(0, std::memory_order_relaxed);
+  first_.store(count < 2 * size() ? 1 : first, std::memory_order_relaxed);
   tickets_.store(++round_ << kRoundShift | static_cast<uint64_t>(count) << kCountShift, std::memory_order_release);
   // Waking a thread costs more than a task is worth when there is only one.
   if (count > 1 && !workers_.empty()) {
@@ -98,17 +99,15 @@ ThreadPool::Ticket ThreadPool::draw(int some) {
   const auto index_of = [](uint64_t of) { return static_cast<int>(of & kField); };
   // Not drawing where there is nothing keeps the index within its field, however often threads look.
   if (index_of(ticket) >= count_of(ticket)) return {-1, -1, 0};
-  if (count_of(ticket) < 2 * size()) some = 1;
   ticket = tickets_.fetch_add(some, std::memory_order_acq_rel);
   const int count = count_of(ticket), index = index_of(ticket);
   return {index < count ? index : -1, some == 2 && index + 1 < count ? index + 1 : -1, count};
 }
 
 void ThreadPool::drain() {
-  // A thread that drew two draws one ahead from then on; where there are few, none is kept while another thread has none.
-  // All its tickets are of one round, which cannot end before this thread tells what it did.
-  const Ticket first = draw(2);
-  const bool ahead = first.next >= 0;
+  // A thread draws one ahead, but for its first where these are large. All its tickets are of one round, which cannot end
+  // before this thread tells what it did.
+  const Ticket first = draw(first_.load(std::memory_order_relaxed));
   int now = first.index, next = first.next, done = 0;
   while (now >= 0) {
     try {
@@ -118,8 +117,8 @@ void ThreadPool::drain() {
       if (!error_) error_ = std::current_exception();
     }
     ++done;
-    now = ahead ? next : draw(1).index;
-    next = ahead && now >= 0 ? draw(1).index : -1;
+    now = next >= 0 ? next : done == 1 ? draw(1).index : -1;
+    if (now >= 0) next = draw(1).index;
   }
   if (done > 0 && done_.fetch_add(done, std::memory_order_acq_rel) + done == first.count) done_.notify_one();
 }

@@ -28,9 +28,9 @@ class ThreadPool {
   using Work = std::function<void(int index, int next)>;
 
   // Calls task once for every index in [0, count), roughly in order, and returns when all are
-  // done. A thread that has done nothing yet takes two in a row where there are two for each, all others one after
-  // another. One caller at a time; a second one waits. The first exception is rethrown.
-  void run(int count, const Work& task);
+  // done. A thread that has done nothing yet takes `first`, one or two, in a row (two only where there are as many for
+  // each), all others one after another. One caller at a time; a second one waits. The first exception is rethrown.
+  void run(int count, const Work& task, int first = 2);
 
   // While on, idle workers poll instead of sleeping: for the time that work is about to come.
   void keep_polling(bool on);
@@ -51,6 +51,7 @@ class ThreadPool {
   // The round, its number of tasks and the next one to hand out, in one word (16, 24 and 24 bits): a worker
   // that comes late to a finished round draws a number past its end, whatever the caller does meanwhile.
   alignas(64) std::atomic<uint64_t> tickets_{0};
+  std::atomic<int> first_{2};  // how many a thread draws at first: to no harm where it is another round's
   alignas(64) std::atomic<int> done_{0};
   // Idle workers poll this line, and nothing else of it is written while they do.
   alignas(64) std::atomic<uint32_t> epoch_{0};

@@ -166,22 +166,25 @@ class FmaValues {
   FmaValues(const Run& run, int width)
       : width_(width), group_(run.group), dim_(run.dim), passes_((run.group + V::kHeads - 1) / V::kHeads) {}
 
+  // Sums are kept here: the state's own lines were written or read last by another thread.
   void begin(float* acc) {
     out_ = acc;
-    fill(acc, group_ * dim_, 0.0f);
+    fill(sums_, group_ * dim_, 0.0f);
   }
 
-  void values(const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) const {
+  void values(const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) {
     int head = 0;
     for (; head + V::kHeads <= group_; head += V::kHeads) tile<V::kHeads>(head, weights, values, tokens, rescale, ahead);
     rest<V::kHeads - 1>(head, weights, values, tokens, rescale, ahead);
   }
 
-  void finish() const {}
+  void finish() const {
+    for (int i = 0; i < group_ * dim_; i += V::kWidth) V::store(out_ + i, V::load(sums_ + i));
+  }
 
  private:
   template <int H>
-  void rest(int head, const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) const {
+  void rest(int head, const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) {
     if constexpr (H > 0) {
       if (group_ - head == H) return tile<H>(head, weights, values, tokens, rescale, ahead);
       rest<H - 1>(head, weights, values, tokens, rescale, ahead);
@@ -189,7 +192,7 @@ class FmaValues {
   }
 
   template <int H>
-  void tile(int head, const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) const {
+  void tile(int head, const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) {
     // Half the accumulators' registers for many heads, all of them wide for few.
     constexpr int kRegs = H <= V::kHeads / 2 ? 4 : 2;
     int j = 0;
@@ -199,9 +202,9 @@ class FmaValues {
   }
 
   template <int H, int N>
-  void strip(int head, int j, const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) const {
+  void strip(int head, int j, const float* weights, const T* values, int tokens, const float* rescale, Ahead& ahead) {
     typename V::Reg acc[H][N];
-    float* out = out_ + head * dim_ + j;
+    float* out = sums_ + head * dim_ + j;
     for (int h = 0; h < H; ++h) {
       const typename V::Reg r = V::set1(rescale[head + h]);
       for (int n = 0; n < N; ++n) acc[h][n] = V::mul(r, V::load(out + h * dim_ + n * V::kWidth));
@@ -230,6 +233,7 @@ class FmaValues {
 
   const int width_, group_, dim_, passes_;
   float* out_ = nullptr;
+  alignas(64) float sums_[kMaxGroup * kMaxDim];
 };
 
 template <class V, class T, class Logits = FmaLogits<V, T>>
