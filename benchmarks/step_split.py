@@ -15,7 +15,7 @@ from pathlib import Path
 
 FIRST, LISTED, ALWAYS = "_snapshot", "_list", "_attend_split"
 PARTS = {
-    "score and plan": r"^_(score|queries|token|plan|begin|disturb)$",
+    "score and plan": r"^_(score|queries|tap|plan|begin|disturb)$",
     "synthetic gate": r"^_(draw|replay)$",  # the benchmark's own
     "resident": r"^_attend_split$",
     "merge and wait": r"^_merge$",
