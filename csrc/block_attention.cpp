@@ -20,12 +20,13 @@ constexpr int kShortShare = 64;             // blocks a thread
 constexpr int kMostOfAll = 64, kMost = 16;  // blocks of a task: more of long lists, so that there are not too many states
 
 // Calls task(begin, count) for each task of a list. Each is what of the rest comes to one of a head's share of the threads,
-// at most half: few tasks, since a state that another thread folds costs some microseconds, and short ones at the end, but
-// where many heads come to a thread. Nothing that may change from call to call, but the list, decides where they begin.
+// at most half: few tasks, since a state that another thread folds costs some microseconds, and short ones at the end
+// of lists that are not long, but where many heads come to a thread. Nothing that may change from call to call, but the
+// list, decides where they begin.
 template <class Make>
 void cut(int blocks, int threads, int kv_heads, const Make& task) {
-  const int64_t most = std::clamp(blocks / 128, kMost, kMostOfAll), least = std::clamp(kv_heads / threads, 1, kMost);
-  const int64_t parts = 2 * threads < 3 * kv_heads ? 2 * kv_heads : threads;
+  const int64_t most = std::clamp(blocks / 128, kMost, kMostOfAll), parts = std::max(threads, 2 * kv_heads);
+  const int64_t least = std::min<int64_t>(std::max({kv_heads / threads, blocks / 128, blocks > 8 ? 2 : 1}), kMost);
   for (int begin = 0; begin < blocks;) {
     const int64_t left = blocks - begin;
     const int count = static_cast<int>(std::min(left, std::clamp((left * kv_heads + parts - 1) / parts, least, most)));
@@ -103,11 +104,16 @@ int chunk(int threads, int lists, Workspace& w) {
   return 2;
 }
 
+constexpr int64_t kFoldAhead = 8192;  // floats of states that are asked for before they are read
+
 // Folds `count` states that lie one behind the other, in their order, into an output `[group, dim]` and its LSE. Most of
-// them other threads wrote just now: a line after another would be waited for, so all are asked for before.
+// them other threads wrote just now: a line after another would be waited for, so many are asked for at once.
 RHEO_CLONES void fold(float* states, int count, int group, int dim, float* out, float* lse) {
   const int64_t apart = State::floats(group, dim);
-  for (int64_t i = 0; i < count * apart; i += 16) __builtin_prefetch(states + i, 0, 3);
+  const auto ask = [=](int64_t from, int64_t to) {
+    for (to = std::min(to, count * apart); from < to; from += 16) __builtin_prefetch(states + from, 0, 3);
+  };
+  ask(0, kFoldAhead);
   float top[kMaxGroup], total[kMaxGroup] = {};
   std::fill(top, top + kMaxGroup, kLowest);
   for (int i = 0; i < count; ++i)
@@ -115,6 +121,7 @@ RHEO_CLONES void fold(float* states, int count, int group, int dim, float* out, 
   alignas(64) float sums[kMaxGroup * kMaxDim];
   for (int i = 0; i < count; ++i) {
     const State state = State::at(states + i * apart, group);
+    ask(kFoldAhead + i * apart, kFoldAhead + (i + 1) * apart);
     for (int h = 0; h < group; ++h) {
       const float weight = state.max[h] == top[h] ? 1.0f : std::exp(state.max[h] - top[h]);
       total[h] += weight * state.sum[h];

@@ -78,12 +78,12 @@ class RheoAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch):
         """Build the page table, and let the coordinator move blocks before a decode step."""
-        if forward_batch.forward_mode.is_idle():
-            self.coordinator.settle()
-            return
         on_gpu = forward_batch.forward_mode.is_decode() and self.gpu is not None
         if self.taps:
             self.taps.user = self.gpu.tap if on_gpu else None
+        if forward_batch.forward_mode.is_idle():
+            self.coordinator.settle()
+            return
         if on_gpu:
             return self._begin_on_gpu(forward_batch, forward_batch.batch_size)
         self.batch = self._batch(forward_batch, forward_batch.batch_size)
@@ -169,7 +169,7 @@ class RheoAttnBackend(AttentionBackend):
         self._refuse_extras(layer, k, kwargs)
         if self.gpu is not None:
             if self.taps:
-                self.taps.of_layer(layer.layer_id)  # was tapped, by `gpu.tap`
+                self.taps.used(layer.layer_id)
             k, v = (t.view(len(t), pool.head_num, pool.head_dim).to(pool.dtype) for t in (k, v))
             return self.gpu.layer(index, q, k, v, forward_batch.out_cache_loc, layer.scaling)
         if save_kv_cache:

@@ -127,8 +127,11 @@ def first_scores() -> tuple[float, float]:
 
 
 def gate_keys() -> tuple[float, float]:
-    """A learned gate's keys of a decode step's pages, complete ones and others, and its queries."""
+    """A decode step's tokens with a learned gate: their pages' keys, complete ones and others, and its queries."""
+    from rheoserve_sgl.ops.gpu.append import NewTokens
     from rheoserve_sgl.ops.gpu.gate import gate_tap_gpu
+    from rheoserve_sgl.ops.gpu.score import score_tiles
+    from rheoserve_sgl.ops.gpu.tables import Scratch
 
     table, rows, lens, batch = requests()
     lens[0] = int(batch.n_pages[0]) * 64  # complete with this step
@@ -136,12 +139,20 @@ def gate_keys() -> tuple[float, float]:
     weights, plain, running = gate_weights(), torch.randn(3, KV_HEADS, DIM), torch.randn(SLOTS, KV_HEADS, 3, DIM)
     keys = torch.zeros(BLOCKS, KV_HEADS, weights.gate_dim)
     mine, tables = (running.to(DEVICE), keys.to(DEVICE)), snapshot_of(table, rows, lens).rows(3)
-    q = torch.randn(3, KV_HEADS * GROUP * DIM)
+    tiers = [torch.zeros(count, *shape, 2, 64, DIM) for count, shape in ((BLOCKS, (KV_HEADS,)), (FRAMES + 1, ()))]
+    q, v = torch.randn(3, KV_HEADS * GROUP * DIM), torch.randn_like(plain)
+    tokens = some_frames(), batch.newest * 64 + batch.tail_len - 1, plain, v
+    new = NewTokens(*(tensor.to(DEVICE) for tensor in (*tiers, *tokens)))
     tapped, asked = there(Tapped(q, plain.flatten(1), lens - 1)), torch.empty(3, KV_HEADS, DIM, device=DEVICE)
     gate_tap_gpu(there(weights), tapped, tables, *mine, asked)
+    scratch = Scratch.make(3, KV_HEADS, 1, CONTEXT // 64, DEVICE)
+    score_tiles(asked[:, :, None], mine[1], tables, scratch, DIM**-0.5, "dot", new, pooled=False)
+    append_torch(*tiers, *tokens)
     gate_keys_torch(weights, plain, Writes.of_decode(batch), running, keys)
     right = project_query(weights, q.view(3, KV_HEADS, GROUP, DIM), lens - 1)
-    return max(distance(mine[1].cpu(), keys), distance(asked.cpu(), right)), 1e-3
+    # (On a CPU the last frame takes what has none.)
+    same = torch.equal(new.host.cpu(), tiers[0]) and torch.equal(new.frames[:-1].cpu(), tiers[1][:-1])
+    return max(distance(mine[1].cpu(), keys), distance(asked.cpu(), right)) if same else 1.0, 1e-3
 
 
 def swaps() -> tuple[float, float]:

@@ -22,7 +22,7 @@ class SeerGate(Gate):
     """A learned gate.
 
     Args:
-        layers: this rank's KV heads of each layer's weights, float32, on the pool's device
+        layers: this rank's KV heads of each layer's weights, on the pool's device, see `take_heads`
         rotates: whether queries and keys are rotated
         rotate_last: see Writes.of_decode
     """

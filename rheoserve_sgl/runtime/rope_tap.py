@@ -1,7 +1,7 @@
 """Queries and keys before RoPE, which SGLang's attention backends never see.
 
-Each attention module's `rotary_emb` is replaced by a proxy that keeps what it is given, then delegates. Models share
-one RotaryEmbedding between layers, so the proxies, not the shared module, know their layer.
+Each attention module's `rotary_emb` is replaced by a proxy that keeps what it is given, or hands it on, then delegates.
+Models share one RotaryEmbedding between layers, so the proxies, not the shared module, know their layer.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from rheoserve_sgl.gate.base import Tapped
 class RopeTaps:
     """What the layer in flight gave to its RoPE; one layer's at a time.
 
-    user: called with a layer's id and Tapped, which are as they are only until it returns; None: they are kept for
-        `of_layer`, on a GPU as copies, since RoPE rotates in place there
+    user: called with a layer's id and Tapped, which are as they are only until it returns, and the layer's attention
+        asks `used`; None: they are kept for `of_layer`, on a GPU as copies, since RoPE rotates in place there
     """
 
     user: Callable[[int, Tapped], None] | None = None
 
     def __init__(self, model: nn.Module):
         self.rotary: nn.Module | None = None
-        self._layer = -1
+        self._layer, self._used = -1, -1
         self._tapped: Tapped | None = None
         for module in list(model.modules()):
             attention, rotary = getattr(module, "attn", None), getattr(module, "rotary_emb", None)
@@ -43,19 +43,30 @@ class RopeTaps:
             raise NotImplementedError("a learned gate needs one position a token; use --rheoserve-selector quest")
         if self.user is not None:
             self.user(layer, Tapped(q, k, positions))
-        elif q.is_cuda:
+            self._used = layer
+            return
+        if q.is_cuda:
             q, k = q.clone(), k.clone()
         self._layer, self._tapped = layer, Tapped(q, k, positions)
 
     def of_layer(self, layer: int) -> Tapped:
-        """What this layer gave to its RoPE, once: it is kept no longer. Where there is a user, it has been rotated."""
-        if self._layer != layer or self._tapped is None:
+        """What this layer gave to its RoPE, once: it is kept no longer. RuntimeError if the user has it, or nobody."""
+        self._require(self._layer == layer and self._tapped is not None, layer)
+        tapped, self._tapped = self._tapped, None
+        return tapped
+
+    def used(self, layer: int):
+        """RuntimeError unless the user had what this layer gave to its RoPE; once, as `of_layer`."""
+        self._require(self._used == layer, layer)
+        self._used = -1
+
+    @staticmethod
+    def _require(seen: bool, layer: int):
+        if not seen:
             raise RuntimeError(
                 f"layer {layer} rotated its queries and keys elsewhere than in its rotary_emb, which a learned gate "
                 "needs to see; use --rheoserve-selector quest"
             )
-        tapped, self._tapped = self._tapped, None
-        return tapped
 
 
 class _Tap(nn.Module):

@@ -1,5 +1,5 @@
 """Write-through of a step's tokens by one kernel, into frames and over PCIe straight into the pinned host store, with
-the running keys of a training-free gate. Where blocks are scored by such keys, the kernel that does writes as well.
+the running keys of a training-free gate. Where blocks are scored, the kernel that does writes as well.
 """
 
 from dataclasses import dataclass

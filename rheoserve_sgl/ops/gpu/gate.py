@@ -176,7 +176,8 @@ def _tap(
     start(EARLY)
     pair = tl.program_id(0)
     if tl.program_id(1) == 0:
-        if tl.load(quiet + pair // kv_heads) == 0:
+        row = pair // kv_heads
+        if (tl.load(quiet + row) == 0) & (tl.load(tail_len + row) > 0):
             gate_query(
                 pair, q, q_stride, positions, q_weights, q_norm, rope, out, kv_heads, group, dim, q_inputs, half, KIND,
                 Q_NORM, ROPE, HALF, ROWS, EPSILON,

@@ -1,7 +1,7 @@
 """One decode step on a GPU with the CPU beside it: memory that stays where it is, and a layer's kernels in order.
 
-`begin` runs before each step, outside the CUDA graph; `layer` is captured. Attention over what is resident begins while
-the CPU's part is still being selected.
+`begin` runs before each step, outside the CUDA graph; `tap` and `layer` are captured. Attention over what is resident
+begins while the CPU's part is still being selected.
 """
 
 import torch
@@ -138,7 +138,8 @@ class GpuStep:
 
         Args:
             heads: `[batch, kv_heads, group, head_dim]`, queries
-            new: NewTokens, appended and taken into their pages' keys before; None: all are there
+            new: NewTokens, appended before and, but with a learned gate, taken into their pages' keys; None: all are
+                there
             tapped: Tapped of the queries, for a learned gate that `tap` was not given them
         """
         quick = self.pool.quick.layers[index]
