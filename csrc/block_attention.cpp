@@ -75,8 +75,8 @@ void sort(Workspace& w) {
 // Threads take chunks of neighbouring tasks: large ones first, for which a kernel is set up once, then smaller
 // ones, so that all threads end together. A chunk's size is what it reads, in blocks: tasks differ. Where each thread
 // has little to read, setting up counts: its first two chunks, which it draws together, are half of its share and a task.
-// Where there are hardly more lists than threads each takes a task at a time, the largest first. Returns how many chunks a
-// thread draws at first.
+// Then the lists' last tasks, of one and two blocks, come last. Where there are hardly more lists than threads each takes a
+// task at a time, the largest first. Returns how many chunks a thread draws at first.
 int chunk(int threads, int lists, Workspace& w) {
   const int tasks = static_cast<int>(w.tasks.size());
   int64_t left = 0;
@@ -84,20 +84,24 @@ int chunk(int threads, int lists, Workspace& w) {
   const int64_t share = left / threads;
   w.order.resize(tasks);
   w.chunks.clear();
-  if (lists < 2 * threads && share <= kShortShare) {
+  const bool little = share <= kShortShare;
+  if (little && lists < 2 * threads) {
     sort(w);
     w.chunks.resize(tasks + 1);
     std::iota(w.chunks.begin(), w.chunks.end(), 0);
     return 1;
   }
-  std::iota(w.order.begin(), w.order.end(), 0);
-  const int firsts = share <= kShortShare ? 2 * threads : 0;
+  int place = 0;
+  for (const bool large : {true, false})
+    for (int i = 0; i < tasks; ++i)
+      if ((!little || w.tasks[i].count > 2) == large) w.order[place++] = i;
+  const int firsts = little ? 2 * threads : 0;
   for (int begin = 0; begin < tasks;) {
     const int number = static_cast<int>(w.chunks.size());
     w.chunks.push_back(begin);
     const int64_t most = number >= firsts ? left / (4 * threads) : number % 2 == 0 ? share / 2 : 0;
-    int64_t taken = w.tasks[begin++].count;
-    while (begin < tasks && taken + w.tasks[begin].count <= most) taken += w.tasks[begin++].count;
+    int64_t taken = w.tasks[w.order[begin++]].count;
+    while (begin < tasks && taken + w.tasks[w.order[begin]].count <= most) taken += w.tasks[w.order[begin++]].count;
     left -= taken;
   }
   w.chunks.push_back(tasks);
