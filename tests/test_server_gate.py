@@ -12,6 +12,9 @@ from rheoserve_sgl.gate.checkpoint import GateConfig, ModelShape, read_gate, wri
 
 LAYERS, HEADS, KV_HEADS, DIM = 4, 8, 2, 64  # of rheoserve_sgl.nano.make by default
 SHAPE = ModelShape(LAYERS, HEADS, KV_HEADS, DIM)
+# Frames for less than a prompt, prefilled in chunks; only what is selected is attended to, wherever it is.
+SELECTED = ["--rheoserve-device-attention", "selected", "--rheoserve-window-tokens", "64"]
+SELECTED += ["--rheoserve-device-tokens", "512", "--chunked-prefill-size", "512"]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,7 @@ def gate(tmp_path_factory):
 @pytest.mark.parametrize("mode", [pytest.param("retrieval", marks=pytest.mark.slow), "balanced"])
 def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
     """`selected`: in `balanced`, too, only what the gate picks is attended, wherever it is."""
-    args = ["--rheoserve-mode", mode, "--rheoserve-gate-path", str(gate), "--rheoserve-device-attention", "selected"]
-    args += ["--rheoserve-token-budget", "384", "--rheoserve-window-tokens", "64", "--rheoserve-device-tokens", "512"]
-    args += ["--chunked-prefill-size", "512"]
+    args = ["--rheoserve-mode", mode, "--rheoserve-gate-path", str(gate), "--rheoserve-token-budget", "384", *SELECTED]
     model = checkpoints.path()
     reference = GatedModel(model, read_gate(gate, SHAPE)[1], budget=6, sink=1, window=1)
     with rheo_server(model, args, tmp_path) as server:
@@ -72,9 +73,8 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
 @pytest.mark.gpu
 def test_a_server_on_a_gpu_selects_what_the_gate_says(gate, checkpoints, tmp_path):
     """In fp16, so up to where the two best tokens are within rounding."""
-    args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-device-attention"]
-    args += ["selected", "--rheoserve-token-budget", "384", "--rheoserve-window-tokens", "64"]
-    args += ["--rheoserve-device-tokens", "512", "--chunked-prefill-size", "512", "--dtype", "float16"]
+    args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-token-budget", "384"]
+    args += [*SELECTED, "--dtype", "float16"]
     model, prompts = checkpoints.path(), random_prompts(8, (700, 1000))
     with rheo_server(model, args, tmp_path) as server:
         answers = server.tokens(prompts, 140)  # past two page boundaries, and a page's length on
@@ -94,15 +94,7 @@ def test_two_ranks_a_dense_layer_and_keys_rotated_at_the_last_token(gate, checkp
     stored = json.loads((gate / "config.json").read_text())
     (tmp_path / "gate" / "config.json").write_text(json.dumps(stored | {"seerattn_start_layer": 1}))
     args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(tmp_path / "gate"), "--tp-size", "2"]
-    args += ["--rheoserve-token-budget", "384", "--rheoserve-window-tokens", "64", "--rheoserve-device-tokens", "512"]
-    args += [
-        "--rheoserve-gate-rope",
-        "last",
-        "--rheoserve-device-attention",
-        "selected",
-        "--chunked-prefill-size",
-        "512",
-    ]
+    args += ["--rheoserve-token-budget", "384", "--rheoserve-gate-rope", "last", *SELECTED]
     model, [prompt] = checkpoints.path(), random_prompts(18, [700])
     layers = read_gate(gate, SHAPE)[1]
     made = {"budget": 6, "sink": 1, "window": 1, "start": 1}
@@ -119,8 +111,7 @@ def test_two_ranks_a_dense_layer_and_keys_rotated_at_the_last_token(gate, checkp
 def test_a_threshold_and_a_request_that_is_retracted(gate, checkpoints, tmp_path):
     """What was decoded before is computed anew as a prompt, densely, in other pages, and its gate keys with it."""
     args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-threshold", "0.05"]
-    args += ["--rheoserve-window-tokens", "64", "--rheoserve-device-tokens", "512", "--chunked-prefill-size", "512"]
-    args += ["--rheoserve-device-attention", "selected"]
+    args += SELECTED
     model, [prompt] = checkpoints.path(), random_prompts(19, [700])
     with rheo_server(model, args, tmp_path) as server:
         answer, told, retractions = retracted(server, prompt, 210, 75)  # past a page boundary before it, and after

@@ -148,7 +148,8 @@ def take_heads(tensors: dict[str, torch.Tensor], heads: slice, parts, rope, devi
     if torch.device(device).type == "cuda":
         for name in own.keys() & {"q", "k"}:
             half = own[name].bfloat16()
-            own[name] = half if torch.equal(half.float(), own[name]) else own[name]
+            if torch.equal(half.float(), own[name]):
+                own[name] = half
     return GateWeights(**{field: own.get(field) for field in TENSORS.values()}, rope=rope, parts=parts)
 
 
