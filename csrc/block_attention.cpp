@@ -179,6 +179,10 @@ const void* first_block(const AttendArgs& a, const Task& task) {
 // Attends to the tasks of a chunk, those of one list in one run; `after` is this thread's next chunk, or -1.
 void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk, int after) {
   const auto task_at = [&](int i) -> const Task& { return w.tasks[w.order[i]]; };
+  const auto follows = [&](int i) {  // the task before it, of the same list: their states lie one behind the other
+    const Task &task = task_at(i), &before = task_at(i - 1);
+    return w.order[i] == w.order[i - 1] + 1 && task.pair == before.pair && task.tier == before.tier;
+  };
   int begin = w.chunks[chunk];
   const int end = w.chunks[chunk + 1];
   for (int i = begin; i < end; ++i) check_ids(a, task_at(i));
@@ -190,9 +194,8 @@ void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk
   while (begin < end) {
     const Task& task = task_at(begin);
     const Tier& tier = a.tiers[task.tier];
-    int stop = begin, count = 0;
-    for (; stop < end && w.order[stop] - w.order[begin] == stop - begin && task_at(stop).pair == task.pair && task_at(stop).tier == task.tier; ++stop)
-      count += task_at(stop).count;
+    int stop = begin + 1, count = task.count;
+    for (; stop < end && follows(stop); ++stop) count += task_at(stop).count;
     const bool ends_list = task.begin + count == tier.counts[task.pair];
     const void* next = stop < end ? first_block(a, task_at(stop)) : last_next;
     kernel({a.q + static_cast<int64_t>(task.pair) * a.group * a.dim, a.scale, tier.blocks, ids_of(a, task), count,
@@ -208,8 +211,13 @@ void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk
 
 void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Workspace& w) {
   split(a, pool.size(), w);
-  int lists = 0;
-  for (int pair = 0; pair < a.batch * a.kv_heads; ++pair) lists += w.first[pair] < w.first[pair + 1];
+  const int pairs = a.batch * a.kv_heads;
+  int lists = pairs;
+  for (int pair = 0; pair < pairs; ++pair) {
+    if (w.first[pair] < w.first[pair + 1]) continue;
+    finish(a, w, pair);
+    --lists;
+  }
   const int first = chunk(pool.size(), lists, w);
   const size_t floats = w.tasks.size() * State::floats(a.group, a.dim);
   if (w.states_size < floats) {
@@ -218,9 +226,6 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Works
     w.states_size = w.states == nullptr ? 0 : floats;
     if (w.states == nullptr) throw std::bad_alloc();
   }
-  const int pairs = a.batch * a.kv_heads;
-  for (int pair = 0; pair < pairs; ++pair)
-    if (w.first[pair] == w.first[pair + 1]) finish(a, w, pair);
   const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
   const auto work = [&](int chunk, int after) { attend_chunk(a, w, kernel, chunk, after); };
   pool.run(static_cast<int>(w.chunks.size()) - 1, std::cref(work), first);  // (a copy of it would be on the heap)

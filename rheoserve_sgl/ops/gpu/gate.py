@@ -55,6 +55,17 @@ def _finish(
 
 
 @triton.jit
+def _add_rows(a, b, x, weights, i, there, half, HALF: tl.constexpr):
+    """Adds to `[rows, HALF]` sums, of both halves, what rows `i` of a matrix give for `x`."""
+    at = tl.arange(0, HALF)
+    inside = there[:, None] & (at < half)[None, :]
+    matrix = weights + i[:, None] * 2 * half + at[None, :]
+    a += x[:, None] * tl.load(matrix, mask=inside, other=0.0).to(tl.float32)
+    b += x[:, None] * tl.load(matrix + half, mask=inside, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def gate_query(
     pair, q, q_stride, positions, weights, norm, rope, out, kv_heads, group, dim, inputs, half,
     KIND: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -77,6 +88,7 @@ def gate_query(
     else:
         as_ = tl.zeros([ROWS, HALF], tl.float32)  # (summed once, since threads wait for each other in a sum)
         bs = tl.zeros([ROWS, HALF], tl.float32)
+        own_weights = weights + head.to(tl.int64) * inputs * 2 * half
         for first in range(0, inputs, ROWS):
             i = first + tl.arange(0, ROWS)
             there = i < inputs
@@ -86,10 +98,7 @@ def gate_query(
                     x += tl.load(own + g * dim + i, mask=there, other=0.0).to(tl.float32) / group
             else:
                 x = tl.load(own + i, mask=there, other=0.0).to(tl.float32)
-            matrix = weights + (head.to(tl.int64) * inputs + i[:, None]) * 2 * half + at[None, :]
-            inside = there[:, None] & used[None, :]
-            as_ += x[:, None] * tl.load(matrix, mask=inside, other=0.0).to(tl.float32)
-            bs += x[:, None] * tl.load(matrix + half, mask=inside, other=0.0).to(tl.float32)
+            as_, bs = _add_rows(as_, bs, x, own_weights, i, there, half, HALF)
         a, b = tl.sum(as_, 0), tl.sum(bs, 0)
     _finish(a, b, by_a, by_b, cosine, sine, out + pair * 2 * half, half, NORM, ROPE, HALF, EPSILON)
 
@@ -127,6 +136,7 @@ def gate_key(
             base = running + (tl.load(requests + row) * kv_heads + head) * 3 * dim
             as_ = tl.zeros([ROWS, HALF], tl.float32)
             bs = tl.zeros([ROWS, HALF], tl.float32)
+            own_weights = weights + head.to(tl.int64) * inputs * 2 * half
             for first in range(0, inputs, ROWS):
                 j = first + tl.arange(0, ROWS)
                 inside = j < inputs
@@ -139,10 +149,7 @@ def gate_key(
                     kind = tl.where(kind >= 1, kind + 1, kind)
                 x = tl.load(base + kind * dim + j % dim, mask=inside, other=0.0)
                 x = tl.where(kind == 2, x / TOKENS, x)
-                matrix = weights + (head.to(tl.int64) * inputs + j[:, None]) * 2 * half + at[None, :]
-                both = inside[:, None] & used[None, :]
-                as_ += x[:, None] * tl.load(matrix, mask=both, other=0.0).to(tl.float32)
-                bs += x[:, None] * tl.load(matrix + half, mask=both, other=0.0).to(tl.float32)
+                as_, bs = _add_rows(as_, bs, x, own_weights, j, inside, half, HALF)
             a, b = tl.sum(as_, 0), tl.sum(bs, 0)
             _finish(a, b, by_a, by_b, cosine, sine, out, half, NORM, ROPE, HALF, EPSILON)
         else:
