@@ -5,7 +5,8 @@ KV head with a list of its own. "GB/s" counts every listed block once, however m
 is a plain streaming read of the same store by the same threads, measured around each case in the same run, of 512 MiB
 a call ("stream") and of as many bytes a call as the case reads (of short calls waking the threads is a good part);
 another limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic
-allows.
+allows. Rates and shares of the stream are medians of `--rounds`, in each of which the stream is measured anew: where a
+machine is shared, one thread's speed changes by half within a second.
 "asked" is the default variant asked through memory, as by a GPU: threads that poll, pinned, timed from the thread that
 sees the request to the one that answers, so without the call and the waking that "kernels" have, and without PCIe.
 Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
@@ -160,6 +161,49 @@ def peer_rates(store, group: int, threads: int) -> dict[str, float]:
     return {f.__name__: bytes_read / seconds([lambda p=p, f=f: f(p) for p in pieces]) for f in (sdpa, torch_native)}
 
 
+def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str, float]:
+    """Each kernel's rate and, as "asked", the default's, all with lists of their own: none reads what another left in a
+    cache. As "stream" and "stream_alike" what is read around them, and of as much a call."""
+    before = stream_rate(store, threads)
+    read = batch * KV_HEADS * args.blocks * store[0].nbytes
+    rates = {"stream_alike": stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))}
+    for variant in args.variants:
+        rates[variant] = kernel_rate(store, make_visits(store, batch, args.blocks), group, threads, variant)
+    rates["asked"] = asked_rate(store, make_visits(store, batch, args.blocks), group, threads)
+    return rates | {"stream": (before + stream_rate(store, threads)) / 2}
+
+
+def measure_case(store, batch: int, group: int, threads: int, args) -> dict:
+    """A row: medians of the rounds, and as `shares` those of each round's share of its own stream."""
+    rounds = [measure_round(store, batch, group, threads, args) for _ in range(args.rounds)]
+    rates = {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
+    return {
+        "dim": store.shape[-1],
+        "threads": threads,
+        "group": group,
+        "batch": batch,
+        "stream": rates["stream"],
+        "stream_alike": rates["stream_alike"],
+        "kernels": {variant: rates[variant] for variant in args.variants},
+        "cached": {},
+        "asked": {cpu_variant(): rates["asked"]},
+        "shares": {
+            name: statistics.median(rates[name] / rates["stream"] for rates in rounds)
+            for name in (*args.variants, "asked")
+        },
+    }
+
+
+def told(row: dict) -> str:
+    rates = row["kernels"] | {"asked": row["asked"][cpu_variant()]}
+    shares = "  ".join(f"{name} {rate / 1e9:5.1f} ({row['shares'][name]:4.0%})" for name, rate in rates.items())
+    beside = "  ".join(f"{name} {rate / 1e9:.1f}" for name, rate in row["peers"].items())
+    return (
+        f"d {row['dim']:3d} threads {row['threads']:2d} group {row['group']:2d} batch {row['batch']:2d}: stream "
+        f"{row['stream'] / 1e9:5.1f} GB/s  of as much a call {row['stream_alike'] / 1e9:5.1f}  {shares}  {beside}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
@@ -169,6 +213,7 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[usable_threads(), 1])
     parser.add_argument("--variants", nargs="+", default=[v for v in extension().cpu_variants() if v != "scalar"])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the store")
+    parser.add_argument("--rounds", type=int, default=3, help="in each of which everything is measured anew")
     parser.add_argument("--quick", action="store_true", help="dim 128, groups 4 and 8, batch 8 only")
     args = parser.parse_args()
     if args.quick:
@@ -182,40 +227,11 @@ def main():
                 peers = peer_rates(store, group, threads)
                 batches = args.batches if threads > 1 else args.batches[:1]
                 for batch in batches:
-                    before = stream_rate(store, threads)
-                    read = batch * KV_HEADS * args.blocks * store[0].nbytes
-                    alike = stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))
-                    rates, cached = {}, {}
-                    for variant in args.variants:  # lists of its own: none reads what another left in a cache
-                        visits = make_visits(store, batch, args.blocks)
-                        rates[variant] = kernel_rate(store, visits, group, threads, variant)
-                        if batch == max(batches):
-                            few = make_cached_visits(batch, args.blocks)
-                            cached[variant] = kernel_rate(store, few, group, threads, variant)
-                    asked = asked_rate(store, make_visits(store, batch, args.blocks), group, threads)
-                    limit = (before + stream_rate(store, threads)) / 2
-                    rows.append(
-                        {
-                            "dim": dim,
-                            "threads": threads,
-                            "group": group,
-                            "batch": batch,
-                            "stream": limit,
-                            "stream_alike": alike,
-                            "kernels": rates,
-                            "cached": cached,
-                            "asked": {cpu_variant(): asked},
-                            "peers": peers,
-                        }
-                    )
-                    shares = "  ".join(f"{v} {r / 1e9:5.1f} ({r / limit:4.0%})" for v, r in rates.items())
-                    shares += f"  asked {asked / 1e9:5.1f} ({asked / limit:4.0%})"
-                    beside = "  ".join(f"{name} {rate / 1e9:.1f}" for name, rate in peers.items())
-                    print(
-                        f"d {dim:3d} threads {threads:2d} group {group:2d} batch {batch:2d}: "
-                        f"stream {limit / 1e9:5.1f} GB/s  of as much a call {alike / 1e9:5.1f}  {shares}  {beside}",
-                        flush=True,
-                    )
+                    rows.append(measure_case(store, batch, group, threads, args) | {"peers": peers})
+                    if batch == max(batches):
+                        few = make_cached_visits(batch, args.blocks)
+                        rows[-1]["cached"] = {v: kernel_rate(store, few, group, threads, v) for v in args.variants}
+                    print(told(rows[-1]), flush=True)
         del store
     print(json.dumps({"benchmark": "host_attention", "options": vars(args), "rows": rows, **describe_machine()}))
 
