@@ -5,8 +5,9 @@ KV head with a list of its own. "GB/s" counts every listed block once, however m
 is a plain streaming read of the same store by the same threads, measured around each case in the same run, of 512 MiB
 a call ("stream") and of as many bytes a call as the case reads (of short calls waking the threads is a good part);
 another limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic
-allows. Rates and shares of the stream are medians of `--rounds`, in each of which the stream is measured anew: where a
-machine is shared, one thread's speed changes by half within a second.
+allows. Rates and shares of the stream ("shares", "asked" for the default variant's) are medians of `--rounds`, each of
+which measures the stream, the kernels and what is asked: where a machine is shared, one thread's speed changes by half
+within a second.
 "asked" is the default variant asked through memory, as by a GPU: threads that poll, pinned, timed from the thread that
 sees the request to the one that answers, so without the call and the waking that "kernels" have, and without PCIe.
 Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
@@ -52,14 +53,16 @@ def make_store(gib: float, dim: int) -> torch.Tensor:
 
 
 def make_visits(store: torch.Tensor, batch: int, count: int) -> list[Visit]:
-    """Random lists for each repeat, distinct while the store has blocks left."""
+    """Random lists for each repeat, distinct while the store has blocks left, and then in another order."""
     pairs = batch * KV_HEADS
+    if pairs * count > len(store):
+        raise SystemExit(f"--gib is too small: {pairs * count} blocks a call of batch {batch}, of {len(store)}")
     full = torch.full((batch, KV_HEADS), BLOCK, dtype=torch.int32)
-    visits = []
-    ids = torch.randperm(len(store), dtype=torch.int32)
-    for repeat in range(CALLS.get(batch, FEWEST_CALLS)):
-        start = repeat * pairs * count % max(len(store) - pairs * count, 1)
-        lists = ids[start : start + pairs * count].view(batch, KV_HEADS, count).contiguous()
+    visits, ids = [], torch.empty(0, dtype=torch.int32)
+    for _ in range(CALLS.get(batch, FEWEST_CALLS)):
+        if len(ids) < pairs * count:
+            ids = torch.randperm(len(store), dtype=torch.int32)
+        lists, ids = ids[: pairs * count].view(batch, KV_HEADS, count).contiguous(), ids[pairs * count :]
         visits.append(Visit(lists, torch.full_like(full, count), full))
     return visits
 
@@ -176,7 +179,7 @@ def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str
 def measure_case(store, batch: int, group: int, threads: int, args) -> dict:
     """A row: medians of the rounds, and as `shares` those of each round's share of its own stream."""
     rounds = [measure_round(store, batch, group, threads, args) for _ in range(args.rounds)]
-    rates = {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
+    rates = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     return {
         "dim": store.shape[-1],
         "threads": threads,
@@ -188,7 +191,7 @@ def measure_case(store, batch: int, group: int, threads: int, args) -> dict:
         "cached": {},
         "asked": {cpu_variant(): rates["asked"]},
         "shares": {
-            name: statistics.median(rates[name] / rates["stream"] for rates in rounds)
+            name: statistics.median(each[name] / each["stream"] for each in rounds)
             for name in (*args.variants, "asked")
         },
     }
@@ -213,7 +216,7 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[usable_threads(), 1])
     parser.add_argument("--variants", nargs="+", default=[v for v in extension().cpu_variants() if v != "scalar"])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the store")
-    parser.add_argument("--rounds", type=int, default=3, help="in each of which everything is measured anew")
+    parser.add_argument("--rounds", type=int, default=3, help="of measuring the stream and the kernels")
     parser.add_argument("--quick", action="store_true", help="dim 128, groups 4 and 8, batch 8 only")
     args = parser.parse_args()
     if args.quick:

@@ -20,9 +20,9 @@ constexpr int kShortShare = 64;             // blocks a thread
 constexpr int kMostOfAll = 64, kMost = 16;  // blocks of a task: more of long lists, so that there are not too many states
 
 // Calls task(begin, count) for each task of a list. Each is what of the rest comes to one of a head's share of the threads,
-// at most half: few tasks, none of one block but a list's last, since a state that another thread folds costs some
-// microseconds, and short ones at the end of lists that are not long, but where many heads come to a thread. Nothing that
-// may change from call to call, but the list, decides where they begin.
+// or half of it: few tasks, and of two blocks at least but for a list's last, since a state that another thread folds costs
+// some microseconds, and short ones at the end of lists that are not long, but where many heads come to a thread. Nothing
+// that may change from call to call, but the list, decides where they begin.
 template <class Make>
 void cut(int blocks, int threads, int kv_heads, const Make& task) {
   const int64_t most = std::clamp(blocks / 128, kMost, kMostOfAll), parts = std::max(threads, 2 * kv_heads);
