@@ -18,7 +18,7 @@ from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
 from rheoserve_sgl.ops.workers import cpu_variant
-from rheoserve_sgl.refusals import attention_layers, refuse_layers
+from rheoserve_sgl.refusals import attention_layers
 from rheoserve_sgl.runtime.batch import Batch, pages_of
 from rheoserve_sgl.runtime.calibration import calibrate
 from rheoserve_sgl.runtime.request_options import SelectionLimits
@@ -35,7 +35,6 @@ class RheoAttnBackend(AttentionBackend):
     def __init__(self, model_runner):
         super().__init__()
         require_hooks()
-        refuse_layers(model_runner.model)
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool: TwoTierKVPool = model_runner.token_to_kv_pool
         if not isinstance(self.token_to_kv_pool, TwoTierKVPool):
@@ -116,7 +115,8 @@ class RheoAttnBackend(AttentionBackend):
         row, at = to_device(places(torch.tensor(ends).clamp(max=pages.shape[1])), device)
         self.prefilled = pages[row, at]
         if self.config.mode == "balanced":
-            self.shared = self.coordinator.idle.holds(self.prefilled)
+            decodes = to_device(torch.tensor([new == 1 for new in lengths]), device)
+            self.shared = self.coordinator.idle.holds(self.prefilled, pages * decodes[:, None])
         self.last = to_device(torch.tensor([max(end - 1, 0) for end in accumulate(lengths)]), device)
         self.coordinator.begin_extend(pages, self.writes.fresh)
         self.coordinator.stores(sum(lengths))

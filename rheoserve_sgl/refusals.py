@@ -36,6 +36,7 @@ _FLAGS = (
     ("enable_prefill_cp", lambda v: not v, "leave it out: use --tp-size"),
     ("enable_memory_saver", lambda v: not v, "leave it out: the two tiers stay where they are"),
     ("disaggregation_mode", lambda v: v in (None, "null"), "null: prefill and decode share one pool"),
+    ("dwdp_size", lambda v: v in (None, 0, 1), "leave it out: its ranks serve requests of their own; use --tp-size"),
     ("enable_dp_attention", lambda v: not v, "--tp-size, or a server a GPU behind SGLang's router"),
     (
         "dp_size",
@@ -52,6 +53,9 @@ _FLAGS = (
     ("enable_pdmux", lambda v: not v, "leave it out"),
 )
 
+# Fields of configs whose models have layers with a state instead of KV.
+_RECURRENT = ("mamba_d_state", "linear_num_key_heads", "ssm_state_size", "mamba2_config")
+
 
 def refuse_flags(server_args):
     """Raise ValueError for the first ServerArgs field that RheoServe cannot work with."""
@@ -60,6 +64,11 @@ def refuse_flags(server_args):
         if not legal(value):
             name = "--" + field.replace("_", "-")
             raise ValueError(f"{name} is {value!r}, which --attention-backend rheoserve cannot serve; use {remedy}")
+    if server_args.rheoserve_tpot_slo_ms is not None and server_args.min_free_slots_delay:
+        raise ValueError(
+            f"--min-free-slots-delay is {server_args.min_free_slots_delay}; legal with --rheoserve-tpot-slo-ms: leave "
+            "it out, because the objective may leave fewer slots free than that for good"
+        )
 
 
 def refuse_unused(server_args):
@@ -108,6 +117,7 @@ def refuse_model(model_config):
     Args:
         model_config: sglang.srt.configs.model_config.ModelConfig
     """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     config = model_config.hf_config
@@ -122,9 +132,7 @@ def refuse_model(model_config):
         reason = "it has cross-attention"
     elif not model_config.is_generation:
         reason = "it is an embedding or reward model"
-    elif any(
-        hasattr(text, key) for key in ("mamba_d_state", "linear_num_key_heads", "ssm_state_size", "mamba2_config")
-    ):
+    elif mambaish_config(model_config) is not None or any(hasattr(text, key) for key in _RECURRENT):
         reason = "it has Mamba or linear-attention layers"
     elif model_config.v_head_dim != model_config.head_dim:
         reason = f"its key and value head dims differ ({model_config.head_dim}, {model_config.v_head_dim})"
@@ -177,15 +185,17 @@ def model_shape(model_config):
     )
 
 
-def refuse_layers(model):
-    """Raise ValueError for an attention layer with a feature that the kernels lack.
+def refuse_layers(model, ids: range):
+    """Raise ValueError for an attention layer with a feature that the kernels lack, or a layer without attention.
 
     Args:
         model: the loaded nn.Module; its RadixAttention layers are looked at.
+        ids: of the layers that have KV in the pool
     """
     from sglang.srt.layers.radix_attention import AttentionType
 
-    for path, layer in attention_layers(model).items():
+    layers = attention_layers(model)
+    for path, layer in layers.items():
         features = {
             "a sliding window": (layer.sliding_window_size or -1) > 0,
             "logit soft-capping": (layer.logit_cap or 0.0) > 0.0,
@@ -199,6 +209,25 @@ def refuse_layers(model):
                     f"{path} has {feature}, which --attention-backend rheoserve cannot serve; "
                     "use another --attention-backend for this model"
                 )
+    # A step asks for the layers' attention one after another, by number.
+    found = [layer.layer_id for layer in layers.values()]
+    if found != list(ids):
+        lacking = [index for index in ids if found.count(index) != 1] or sorted(set(found) - set(ids))
+        raise ValueError(
+            f"{type(model).__name__} (--model-path) has not one attention layer in each of its layers {ids.start} to "
+            f"{ids.stop - 1}, as --attention-backend rheoserve needs it: layers {str(lacking)[:100]}; "
+            "use another --attention-backend for this model"
+        )
+
+
+def refuse_dtype(server_args, dtype):
+    """Raise ValueError for a dtype of KV, a torch.dtype, that SGLang took from the checkpoint's quantisation."""
+    legal = ("torch.float32", "torch.float16", "torch.bfloat16")
+    if str(dtype) not in legal:
+        raise ValueError(
+            f"--kv-cache-dtype is {server_args.kv_cache_dtype!r}, which the checkpoint's quantisation makes {dtype}; "
+            "legal with --attention-backend rheoserve: bfloat16 or float16"
+        )
 
 
 def attention_layers(model) -> dict:

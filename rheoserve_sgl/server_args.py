@@ -183,6 +183,7 @@ class RheoServerArgs(ServerArgs):
         refuse_threads(self)
         self._apply_defaults()
         super().__post_init__()
+        refuse_flags(self)  # again, of what SGLang made of others
         if self.model_path.lower() not in ("none", "dummy"):  # of which SGLang resolves nothing
             refuse_graphs(self)
             refuse_model(self.get_model_config())

@@ -278,6 +278,22 @@ def test_files_that_are_cut_short_are_named(tmp_path):
         read_gate(tmp_path, SHAPE)
 
 
+@pytest.mark.parametrize("stored", [[1], {"a": 1}, torch.ones(2)], ids=["list", "number", "tensor"])
+def test_weights_that_are_no_tensors_by_name_are_refused(stored, tmp_path):
+    written(tmp_path)
+    torch.save(stored, tmp_path / "attn_gate_weights.pth")
+    with pytest.raises(ValueError, match="attn_gate_weights.pth holds something else; legal: tensors by name"):
+        read_gate(tmp_path, SHAPE)
+
+
+@pytest.mark.parametrize("text", ["null", "3", "[]", '"x"'])
+def test_a_configuration_that_is_no_object_is_refused(text, tmp_path):
+    written(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json holds .*; legal: an object"):
+        read_gate(tmp_path, SHAPE)
+
+
 def test_no_code_of_a_gate_file_is_run(tmp_path):
     written(tmp_path)
     ran = tmp_path / "ran"

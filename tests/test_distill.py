@@ -167,6 +167,8 @@ def test_sequences_are_documents_joined_and_cut(tmp_path):
     lines = tmp_path / "c.jsonl"
     lines.write_text(json.dumps({"text": "abcd"}) + "\n" + json.dumps({"text": "ef"}))
     assert load_sequences(lines, Bytes(), 5).tolist() == [[97, 98, 99, 100, 0]]
+    lines.write_text('{"text": "a\u2028b\x85c"}\n\n', encoding="utf-8")  # characters that also end lines, but not here
+    assert load_sequences(lines, Bytes(), 3).tolist()[0] == list("a\u2028b".encode())[:3]
     np.save(tmp_path / "d.npy", np.arange(12, dtype=np.uint16).reshape(3, 4))
     assert load_sequences(tmp_path / "d.npy", Bytes(), 3).tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
 
@@ -180,3 +182,7 @@ def test_data_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"words": 1}')
     with pytest.raises(ValueError, match="line 1: neither `text` nor `messages`, but words"):
         load_sequences(tmp_path / "odd.jsonl", Bytes(), 4)
+    for wrong, why in (('{"text": ', "Expecting value"), ("3", "legal: an object")):
+        (tmp_path / "odd.jsonl").write_text('{"text": "a"}\n\n' + wrong)
+        with pytest.raises(ValueError, match=f"odd.jsonl, line 3: .*{why}"):
+            load_sequences(tmp_path / "odd.jsonl", Bytes(), 4)

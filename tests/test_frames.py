@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pools import DIM, HEADS, LAYERS, SlowLane, make_pool, refresh_keys
 
+from rheoserve_sgl.coordinator import working_set
 from rheoserve_sgl.coordinator.working_set import UNKNOWN, WorkingSets
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -233,8 +234,17 @@ def test_a_prompt_that_finds_no_memory_for_its_reservation_is_in_the_host_store_
     assert pool.residency.used == 2 * LAYERS * HEADS
 
 
-def test_of_a_request_that_is_all_resident_no_working_set_is_measured():
+def test_pages_are_held_by_what_waits_and_by_what_decodes_in_the_same_batch():
+    pool, _ = make_pool(64 * 20, 64 * 6)
+    hold(pool, [3, 4])
+    decoding = torch.tensor([[5, 6], [0, 0]])
+    assert pool.coordinator.idle.holds(torch.tensor([2, 3, 5, 7]), decoding).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("at_once", [1, 48, 1 << 24], ids=["layer", "two", "all"])
+def test_of_a_request_that_is_all_resident_no_working_set_is_measured(at_once, monkeypatch):
     """Where such requests select in some steps only: `frame_of` says of which."""
+    monkeypatch.setattr(working_set, "MOST_AT_ONCE", at_once)
     layers, heads, sets = 2, 2, WorkingSets(5, "cpu")
     batch = batch_of([1, 2, 3, 4, 5, 6], 0)
     importance = torch.zeros(layers, 20, heads)

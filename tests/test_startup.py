@@ -7,7 +7,7 @@ import pytest
 from serving import launch_command
 
 from rheoserve_sgl.config import RheoConfig
-from rheoserve_sgl.refusals import refuse_layers
+from rheoserve_sgl.refusals import refuse_dtype, refuse_layers
 
 # Each needs no weights, so all are tried in one process; the last tests start real servers.
 REFUSED = {
@@ -39,6 +39,8 @@ REFUSED = {
     "--rheoserve-host-threads 5000": r"--rheoserve-host-threads is 5000; legal: 1 to \d+, what affinity",
     "--tp-size 2 --rheoserve-host-threads 5000": "--rheoserve-host-threads is 5000.*each of 2 ranks",
     "--rheoserve-dense-layers 9": "--rheoserve-dense-layers is 9; legal: 0 to 4",
+    "--tp-size 2 --dwdp-size 2": "--dwdp-size is 2.*--tp-size",
+    "--rheoserve-tpot-slo-ms 16 --min-free-slots-delay 4": "--min-free-slots-delay is 4; legal with --rheoserve-tpot",
 }
 TRY_ALL = """
 import sys
@@ -131,6 +133,19 @@ def test_models_that_cannot_work_are_refused_by_name(tmp_path, checkpoints):
         assert reason in message and "--attention-backend" in message, f"{name}: {message}"
 
 
+def test_a_model_of_short_convolutions_is_refused(tmp_path, checkpoints):
+    """SGLang has to be told to do without its tree for these; then it is for us to say so."""
+    import json
+    import shutil
+
+    config = {"architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+    config |= {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shutil.copytree(checkpoints.path(), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    [message] = answers(python(TRY_ALL, str(tmp_path / "model"), "--disable-radix-cache"))
+    assert "Lfm2ForCausalLM" in message and "linear-attention layers" in message
+
+
 def test_layers_with_features_the_kernels_lack_are_refused_by_path():
     import torch
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -138,7 +153,31 @@ def test_layers_with_features_the_kernels_lack_are_refused_by_path():
     model = torch.nn.Module()
     model.attn = RadixAttention(4, 64, 0.125, 2, layer_id=0, logit_cap=30.0)
     with pytest.raises(ValueError, match="attn has logit soft-capping"):
-        refuse_layers(model)
+        refuse_layers(model, range(1))
+
+
+@pytest.mark.parametrize(
+    ("ids", "lacking"), [((), "0, 1, 2"), ((0, 2), "1"), ((0, 1, 1, 2), "1"), ((0, 1, 2, 3), "3"), ((0, 1, 2), None)]
+)
+def test_models_with_layers_without_attention_are_refused(ids, lacking):
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = torch.nn.ModuleList(RadixAttention(4, 64, 0.125, 2, layer_id=index) for index in ids)
+    if lacking is None:
+        return refuse_layers(model, range(3))
+    with pytest.raises(ValueError, match=rf"layers 0 to 2, as --attention-backend .* layers \[{lacking}\]"):
+        refuse_layers(model, range(3))
+
+
+def test_a_dtype_from_the_checkpoint_is_refused():
+    from types import SimpleNamespace
+
+    import torch
+
+    refuse_dtype(None, torch.bfloat16)
+    with pytest.raises(ValueError, match="--kv-cache-dtype is 'auto'.*float8_e4m3fn; legal .*bfloat16"):
+        refuse_dtype(SimpleNamespace(kv_cache_dtype="auto"), torch.float8_e4m3fn)
 
 
 def test_a_model_without_a_config_takes_the_flags():

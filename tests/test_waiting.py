@@ -62,7 +62,7 @@ def test_a_prompt_that_shares_pages_with_a_request_takes_no_importance_from_it()
     pool.importance[:, 1:12] = torch.rand(LAYERS, 11, HEADS) + 0.1
     before = pool.importance.clone()
     prompt = torch.tensor([3, 4, 7, 8, 9])
-    shared = coordinator.idle.holds(prompt)
+    shared = coordinator.idle.holds(prompt, torch.zeros(1, 2, dtype=torch.int64))
     assert shared.tolist() == [True, True, False, False, False]
     coordinator.forget(1, prompt, shared)
     before[1, 7:10] = 0.0

@@ -34,9 +34,14 @@ class IdleFrames:
         self._batches += 1
         self._used.index_fill_(0, pages.flatten(), self._batches)
 
-    def holds(self, pages: torch.Tensor) -> torch.Tensor:
-        """Which of these pages, `[n]` int64, prefilled requests have that have not ended: `[n]` bool."""
-        return self._held()[pages]
+    def holds(self, pages: torch.Tensor, decoding: torch.Tensor) -> torch.Tensor:
+        """Which of these pages, `[n]` int64, prefilled requests have that have not ended: `[n]` bool.
+
+        Args:
+            decoding: pages of requests that decode in the same batch, int64 in any shape, or 0: the scheduler has them
+                in no other batch meanwhile
+        """
+        return self._held().index_fill_(0, decoding.flatten(), True)[pages]
 
     def _held(self) -> torch.Tensor:
         return torch.zeros_like(self._used, dtype=torch.bool).index_fill_(0, self.held(), True)

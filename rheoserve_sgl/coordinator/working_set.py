@@ -7,6 +7,8 @@ import torch
 # for that many miss 9% of it; eight 2.1 times, and 7% (docs/LOG.md has the reckoning).
 STEPS = 5
 UNKNOWN = -1.0
+# Blocks that are looked at at once, padding included, for which there has to be memory: layers go in parts.
+MOST_AT_ONCE = 1 << 24
 
 
 class WorkingSets:
@@ -36,11 +38,12 @@ class WorkingSets:
         """
         layers, _, kv_heads = importance.shape
         valid = batch.valid[None, :, :, None]
-        selected = (importance[:, batch.pages] >= recent) & valid
-        pages = selected.sum((0, 2, 3)).float() / (layers * kv_heads)
+        some = max(MOST_AT_ONCE // (batch.pages.numel() * kv_heads), 1)  # layers
+        selected = sum(((part[:, batch.pages] >= recent) & valid).sum((0, 2, 3)) for part in importance.split(some))
+        pages = selected.float() / (layers * kv_heads)
         if frame_of is not None:
-            missing = ((frame_of[:, batch.pages] < 0) & valid).flatten(2).any(2).any(0)
-            pages = torch.where(missing, pages, UNKNOWN)
+            parts = [((part[:, batch.pages] < 0) & valid).flatten(2).any(2).any(0) for part in frame_of.split(some)]
+            pages = torch.where(torch.stack(parts).any(0), pages, UNKNOWN)
         self._pages.fill_(UNKNOWN).index_copy_(0, batch.requests, pages)
         now = torch.cat((self._pages.double(), counts[:, 1:].sum(0).double()))
         self._room.copy_(now, non_blocking=self._on_gpu)

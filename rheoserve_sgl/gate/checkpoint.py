@@ -84,6 +84,8 @@ def read_config(path: Path, model: ModelShape) -> GateConfig:
         stored = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file} holds {type(stored).__name__}; legal: an object")
     fields = {name: "seerattn_" + name for name in GateConfig.__dataclass_fields__}
     given = {name: stored[key] for name, key in fields.items() if key in stored}
     for name, value in given.items():
@@ -173,9 +175,11 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if not file.is_file():
             continue
         try:
-            if file.suffix == ".pth":
-                return dict(torch.load(file, map_location="cpu", weights_only=True))
-            return load_file(file)
+            pickled = file.suffix == ".pth"
+            stored = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
         except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file} cannot be read: {error or 'it is empty'}") from error
+        if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+            raise ValueError(f"{file} holds something else; legal: tensors by name")
+        return dict(stored)
     raise ValueError(f"--rheoserve-gate-path is {str(path)!r}, which has neither of {', '.join(FILES)}")

@@ -41,8 +41,15 @@ def _texts(path: Path):
 
 def _jsonl(path: Path, tokenizer):
     texts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        row = json.loads(line)
+    with path.open(encoding="utf-8") as lines:  # (strings may hold what else ends a line)
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in rows:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {line.strip()[:100]}; legal: an object")
         if "messages" in row:
             texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         elif "text" in row:

@@ -63,6 +63,7 @@ def facts_of(pool: TwoTierKVPool, weights: int, group: int) -> dict:
     config = pool.config
     return {
         "version": version("rheoserve-sgl"),
+        "measured": "written memory",  # since then; another name for what was kept before
         "cpu": processor_name(),
         "variant": cpu_variant(),
         "threads": pool.threads,
@@ -96,6 +97,8 @@ def host_rate(blocks: torch.Tensor, kv_heads: int, group: int, threads: int) -> 
     block_bytes = blocks[0].nbytes
     count = max(min(READ_BYTES // block_bytes, len(blocks)) // kv_heads, 1)
     listed = torch.randperm(len(blocks), dtype=torch.int32).repeat(kv_heads)[: count * kv_heads]
+    read = torch.unique(listed).long()
+    blocks[read] = blocks[read]  # what nobody has written to yet is one page of zeros, read from a cache
     shape = (1, kv_heads)
     of_each = [torch.full(shape, number, dtype=torch.int32) for number in (count, PAGE_TOKENS)]
     visit = Visit(listed.view(*shape, count), *of_each)

@@ -16,7 +16,7 @@ from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.gate.checkpoint import read_gate, take_heads
 from rheoserve_sgl.gate.seer import SeerGate
 from rheoserve_sgl.ops.processors import usable_threads
-from rheoserve_sgl.refusals import model_shape
+from rheoserve_sgl.refusals import model_shape, refuse_dtype, refuse_layers
 from rheoserve_sgl.runtime.memory import free_host_bytes, key_bytes, size_tiers, staging_bytes
 from rheoserve_sgl.runtime.ranks import smallest
 from rheoserve_sgl.server_args import selects_rheoserve
@@ -29,6 +29,10 @@ def resolve_sizes(original, configurator, pre_model_load_memory):
     """AROUND `_resolve_memory_pool_config`: the token capacity becomes the host store's."""
     if not selects_rheoserve(configurator.server_args):
         return original(configurator, pre_model_load_memory)
+    # Here, since after this the host store is touched and pinned, which takes its time.
+    info = configurator.layer_info
+    refuse_layers(configurator.model, range(info.start_layer, info.end_layer))
+    refuse_dtype(configurator.server_args, configurator.kv_cache_dtype)
     on_cpu = torch.device(configurator.device).type == "cpu"
     resolved = original(configurator, pre_model_load_memory)
     config = RheoConfig.from_server_args(configurator.server_args)
