@@ -188,7 +188,6 @@ def measure_case(store, batch: int, group: int, threads: int, args) -> dict:
         "stream": rates["stream"],
         "stream_alike": rates["stream_alike"],
         "kernels": {variant: rates[variant] for variant in args.variants},
-        "cached": {},
         "asked": {cpu_variant(): rates["asked"]},
         "shares": {
             name: statistics.median(each[name] / each["stream"] for each in rounds)
@@ -230,10 +229,11 @@ def main():
                 peers = peer_rates(store, group, threads)
                 batches = args.batches if threads > 1 else args.batches[:1]
                 for batch in batches:
-                    rows.append(measure_case(store, batch, group, threads, args) | {"peers": peers})
+                    row, cached = measure_case(store, batch, group, threads, args), {}
                     if batch == max(batches):
                         few = make_cached_visits(batch, args.blocks)
-                        rows[-1]["cached"] = {v: kernel_rate(store, few, group, threads, v) for v in args.variants}
+                        cached = {v: kernel_rate(store, few, group, threads, v) for v in args.variants}
+                    rows.append(row | {"cached": cached, "peers": peers})
                     print(told(rows[-1]), flush=True)
         del store
     print(json.dumps({"benchmark": "host_attention", "options": vars(args), "rows": rows, **describe_machine()}))

@@ -2,6 +2,7 @@
 
 from rheoserve_sgl import BACKEND_NAME, PAGE_TOKENS
 from rheoserve_sgl.config import PREFIX, RheoConfig, flag
+from rheoserve_sgl.ops.extension import DTYPES
 from rheoserve_sgl.ops.processors import usable_threads
 
 # (ServerArgs field, is it a legal value, legal values and remedy)
@@ -222,8 +223,7 @@ def refuse_layers(model, ids: range):
 
 def refuse_dtype(server_args, dtype):
     """Raise ValueError for a dtype of KV, a torch.dtype, that SGLang took from the checkpoint's quantisation."""
-    legal = ("torch.float32", "torch.float16", "torch.bfloat16")
-    if str(dtype) not in legal:
+    if dtype not in DTYPES:
         raise ValueError(
             f"--kv-cache-dtype is {server_args.kv_cache_dtype!r}, which the checkpoint's quantisation makes {dtype}; "
             "legal with --attention-backend rheoserve: bfloat16 or float16"

@@ -141,10 +141,9 @@ def _plan(
         budget = tl.load(budgets + row)
         n_chosen = tl.minimum(count, tl.maximum(budget, n_forced))  # of a quiet request it would be so many
         if selects & (budget < count):
-            chosen, n_chosen = forced, n_forced
+            chosen = forced
             if budget > n_forced:
                 chosen = forced | best(ordered(score), valid & (forced == 0), budget - n_forced, FIRST, STEP, DIGITS)
-                n_chosen = budget
     elif SELECT == 3:
         n_chosen = n_forced  # of a quiet request nobody knows, but that these are selected
         if selects:
