@@ -5,9 +5,10 @@ KV head with a list of its own. "GB/s" counts every listed block once, however m
 is a plain streaming read of the same store by the same threads, measured around each case in the same run, of 512 MiB
 a call ("stream") and of as many bytes a call as the case reads (of short calls waking the threads is a good part);
 another limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic
-allows. Rates and shares of the stream ("shares", "asked" for the default variant's) are medians of `--rounds`, each of
-which measures the stream, the kernels and what is asked: where a machine is shared, one thread's speed changes by half
-within a second.
+allows. Where there are more processors than threads, stream and kernels have those that the threads asked through
+memory are pinned to: where other guests share cores, processors differ. Rates and shares of the stream ("shares",
+"asked" for the default variant's) are medians of `--rounds`, each of which measures the stream, the kernels and what is
+asked: where a machine is shared, one thread's speed changes by half within a second.
 "asked" is the default variant asked through memory, as by a GPU: threads that poll, pinned, timed from the thread that
 sees the request to the one that answers, so without the call and the waking that "kernels" have, and without PCIe.
 Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
@@ -17,7 +18,9 @@ Usage: python benchmarks/bench_host_attention.py [--quick] [--threads N ...] [--
 """
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import time
 
@@ -164,16 +167,30 @@ def peer_rates(store, group: int, threads: int) -> dict[str, float]:
     return {f.__name__: bytes_read / seconds([lambda p=p, f=f: f(p) for p in pieces]) for f in (sdpa, torch_native)}
 
 
+@contextlib.contextmanager
+def on(processors: list[int]):
+    """This thread on these processors, or on all where there are none."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str, float]:
     """Each kernel's rate and, as "asked", the default's, all with lists of their own: none reads what another left in a
     cache. As "stream" and "stream_alike" what is read around them, and of as much a call."""
-    before = stream_rate(store, threads)
     read = batch * KV_HEADS * args.blocks * store[0].nbytes
-    rates = {"stream_alike": stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))}
-    for variant in args.variants:
-        rates[variant] = kernel_rate(store, make_visits(store, batch, args.blocks), group, threads, variant)
+    processors = rank_processors(0, 1, threads)
+    with on(processors):
+        before = stream_rate(store, threads)
+        rates = {"stream_alike": stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))}
+        for variant in args.variants:
+            rates[variant] = kernel_rate(store, make_visits(store, batch, args.blocks), group, threads, variant)
     rates["asked"] = asked_rate(store, make_visits(store, batch, args.blocks), group, threads)
-    return rates | {"stream": (before + stream_rate(store, threads)) / 2}
+    with on(processors):
+        return rates | {"stream": (before + stream_rate(store, threads)) / 2}
 
 
 def measure_case(store, batch: int, group: int, threads: int, args) -> dict:

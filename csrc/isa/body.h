@@ -49,6 +49,11 @@ struct Ahead {
     for (int i = 0; i < n; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
     at += 64 * n;
   }
+
+  // All that is left.
+  void rest() {
+    while (at < end || then < then_end) step();
+  }
 };
 
 inline void fill(float* p, int n, float x) {
@@ -157,7 +162,8 @@ inline void soften(float* logits, int width, const Run& run, int tokens, const S
 //
 // While values are multiplied, the next block's keys are fetched, and kEarly 256ths of its values, the rest of
 // which is fetched while the next keys are multiplied: so that lines are asked for at an even rate, whichever
-// phase is longer. (A core has few line fill buffers; asking for more at once stalls it.)
+// phase is longer. (A core has few line fill buffers; asking for more at once stalls it.) What a phase had no steps for
+// is asked for at its end.
 template <class Math>
 void attend_run(const Run& run) {
   using T = typename Math::Element;
@@ -186,13 +192,15 @@ void attend_run(const Run& run) {
     const T* keys = block(b);
     const int tokens = b + 1 == run.count ? run.last_len : kBlockTokens;
     const char* values = reinterpret_cast<const char*>(keys + half);
-    Ahead rest{values + (b == 0 ? 0 : early), values + tokens * run.dim * static_cast<int64_t>(sizeof(T))};
-    math.logits(keys, tokens, weights, rest);
-    soften<typename Math::Vector, sizeof(T) == 2>(weights, math.width, run, tokens, state, rescale, rest);
+    Ahead ahead{values + (b == 0 ? 0 : early), values + tokens * run.dim * static_cast<int64_t>(sizeof(T))};
+    math.logits(keys, tokens, weights, ahead);
+    soften<typename Math::Vector, sizeof(T) == 2>(weights, math.width, run, tokens, state, rescale, ahead);
+    ahead.rest();
     const char* following = static_cast<const char*>(b + 1 < run.count ? block(b + 1) : run.next);
     Ahead next;
     if (following != nullptr) next = {following, following + half_bytes, following + half_bytes, following + half_bytes + early};
     math.values(weights, keys + half, tokens, rescale, next);
+    next.rest();
   }
   math.finish();
 }
