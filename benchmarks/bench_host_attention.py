@@ -34,9 +34,8 @@ from rheoserve_sgl.ops.attention import attend_cpu
 from rheoserve_sgl.ops.doorbell import Doorbell, Exchange
 from rheoserve_sgl.ops.extension import extension
 from rheoserve_sgl.ops.plan import Visit
-from rheoserve_sgl.ops.processors import usable_threads
+from rheoserve_sgl.ops.processors import pinned, usable_threads
 from rheoserve_sgl.ops.workers import cpu_variant, worker_pool
-from rheoserve_sgl.runtime.gpu_decode import rank_processors
 
 KV_HEADS = 8
 BLOCK = 64
@@ -118,7 +117,7 @@ def asked_rate(store, visits, group: int, threads: int) -> float:
     exchange = Exchange.make(batch, KV_HEADS, group, dim, count, pin=False)
     exchange.q.copy_(torch.randn(exchange.q.shape).bfloat16())
     exchange.batch[0] = batch
-    doorbell = Doorbell(exchange, [store], dim**-0.5, threads, rank_processors(0, 1, threads))
+    doorbell = Doorbell(exchange, [store], dim**-0.5, threads, pinned(sorted(os.sched_getaffinity(0)), threads))
     asked, answered = exchange.bell[0].numpy(), exchange.bell[1].numpy()
     times = []
     doorbell.expect(len(visits))
@@ -182,7 +181,7 @@ def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str
     """Each kernel's rate and, as "asked", the default's, all with lists of their own: none reads what another left in a
     cache. As "stream" and "stream_alike" what is read around them, and of as much a call."""
     read = batch * KV_HEADS * args.blocks * store[0].nbytes
-    processors = rank_processors(0, 1, threads)
+    processors = pinned(sorted(os.sched_getaffinity(0)), threads)
     with on(processors):
         before = stream_rate(store, threads)
         rates = {"stream_alike": stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))}

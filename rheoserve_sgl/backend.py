@@ -6,7 +6,6 @@ from itertools import accumulate
 from time import perf_counter
 
 import torch
-from sglang.srt.distributed import get_world_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
@@ -17,10 +16,12 @@ from rheoserve_sgl.hooks import require_hooks
 from rheoserve_sgl.ops.attention import attend_tiers
 from rheoserve_sgl.ops.plan import Rule, Select, plan
 from rheoserve_sgl.ops.prefill import prefill_attention, prefill_flash
+from rheoserve_sgl.ops.processors import pinned
 from rheoserve_sgl.ops.workers import cpu_variant
 from rheoserve_sgl.refusals import attention_layers
 from rheoserve_sgl.runtime.batch import Batch, pages_of
 from rheoserve_sgl.runtime.calibration import calibrate
+from rheoserve_sgl.runtime.ranks import own_processors
 from rheoserve_sgl.runtime.request_options import SelectionLimits
 from rheoserve_sgl.runtime.rope_tap import RopeTaps, rope_table
 from rheoserve_sgl.runtime.telemetry import observe
@@ -279,14 +280,13 @@ class RheoAttnBackend(AttentionBackend):
         pool = self.token_to_kv_pool
         if self.selects and not pool.gate.kind:
             return None
-        from rheoserve_sgl.runtime.gpu_decode import GpuDecode, rank_processors
+        from rheoserve_sgl.runtime.gpu_decode import GpuDecode
 
         first, *others = attention_layers(model_runner.model).values()
         for layer in others:
             if layer.scaling != first.scaling:
                 raise ValueError(f"layer {layer.layer_id} scales logits by {layer.scaling}, layer 0 by {first.scaling}")
         slots, context = self.req_to_token_pool.req_to_token.shape
-        world = get_world_group()
         return GpuDecode(
             pool,
             self.rules,
@@ -294,7 +294,7 @@ class RheoAttnBackend(AttentionBackend):
             max_pages=pages_of(context),
             group=group,
             scale=first.scaling,
-            cpus=rank_processors(world.rank_in_group, world.world_size, self.threads),
+            cpus=pinned(own_processors(), self.threads),
         )
 
     def _first_scores(self):

@@ -3,8 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import LAYERS, make_pool
 
-from rheoserve_sgl.coordinator.exchange import equal_shares, rank_blocks, wanted_blocks
+from rheoserve_sgl.coordinator import exchange
+from rheoserve_sgl.coordinator.exchange import equal_shares, layers_at_once, rank_blocks, wanted_blocks
+from rheoserve_sgl.runtime.batch import Batch
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 200))
@@ -106,3 +109,20 @@ def test_what_hardly_matters_fills_free_frames_but_evicts_nothing():
     assert wanted(2, 0.0) == [3, 4]  # by importance alone
     assert wanted(2, 0.5) == [2, 4]  # 4 matters and comes for 5, which matters least; 3 does not come for 2
     assert wanted(4, 0.5) == [2, 3, 4, 5]  # 3 has a free frame
+
+
+def test_a_layer_at_a_time_wants_the_same(monkeypatch):
+    """As where one request of a million tokens decodes beside forty short ones."""
+    pool, _ = make_pool(64 * 40, 64 * 12)
+    pool.importance.uniform_()
+    table = torch.arange(64, 64 * 33, dtype=torch.int32).view(1, -1).repeat(2, 1)
+    table[1, : 64 * 3] += 64 * 32
+    rows = Batch.build(table, torch.tensor([0, 1]), torch.tensor([64 * 30 + 5, 150]), 64 * 30 + 5, 1, 2).beside(
+        [], 1, 2
+    )
+    assert layers_at_once(rows.pages, pool.head_num) > LAYERS
+    together = pool.coordinator._wanted(rows)
+    monkeypatch.setattr(exchange, "RANKED_AT_ONCE", 1)
+    assert layers_at_once(rows.pages, pool.head_num) == 1
+    assert together.any(2).any(1).all()
+    assert torch.equal(pool.coordinator._wanted(rows), together)

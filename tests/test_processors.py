@@ -12,7 +12,7 @@ import torch
 from rheoserve_sgl.ops import processors
 from rheoserve_sgl.ops.attention import attend_cpu
 from rheoserve_sgl.ops.plan import Visit
-from rheoserve_sgl.ops.processors import cpu_quota, usable_threads
+from rheoserve_sgl.ops.processors import cpu_quota, own_part, pinned, usable_threads
 
 
 def write(folder: Path, **files: str):
@@ -52,6 +52,25 @@ def test_what_cannot_be_read_limits_nothing(text, tmp_path):
 def test_threads_are_affinity_cut_by_the_quota(quota, expected, monkeypatch):
     monkeypatch.setattr(processors, "cpu_quota", lambda: quota)
     assert usable_threads() == expected
+
+
+@pytest.mark.parametrize(
+    ("masks", "parts"),
+    [
+        ([[0, 1, 2, 3]] * 2, [[0, 1], [2, 3]]),
+        ([[0, 1, 2, 3]] * 3, [[0], [1], [2, 3]]),
+        ([[0, 1], [2, 3]], [[0, 1], [2, 3]]),  # each bound to its NUMA node
+        ([[0, 1, 4], [2, 3], [0, 1, 4], [2, 3]], [[0], [2], [1, 4], [3]]),
+        ([[5]], [[5]]),
+    ],
+)
+def test_ranks_share_what_the_same_of_them_may_use(masks, parts):
+    assert [own_part(masks, rank) for rank in range(len(masks))] == parts
+
+
+def test_polling_threads_have_a_processor_each_or_none():
+    assert pinned([0, 1, 2, 5], 3) == [1, 2, 5]
+    assert pinned([0, 1], 3) == []
 
 
 @pytest.mark.skipif(usable_threads() < 2, reason="needs two processors")

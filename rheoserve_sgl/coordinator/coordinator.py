@@ -19,6 +19,7 @@ from rheoserve_sgl.coordinator.exchange import (
     BEFORE_BYTES,
     BESIDE_BYTES,
     equal_shares,
+    layers_at_once,
     rank_blocks,
     wanted_blocks,
 )
@@ -310,26 +311,8 @@ class Coordinator:
     def _exchange(self, make_batch: Callable[[], Batch]):
         pool, batch = self.pool, make_batch()
         rows = batch.beside(self.coming(), self.config.sink_pages, self.config.window_pages)
-        worth = rank_blocks(
-            pool.importance,
-            pool.residency.frame_of >= 0,
-            rows.pages,
-            rows.valid,
-            rows.forced,
-            ranks_by=self._ranking.ranks_by,
-            forced_only=self._ranking.forced_only,
-            # Where blocks swap at every step, an exchange shares frames out and fills them, and moves nothing in vain.
-            least=LEAST * self.weight if self.lane is not None else 0.0,
-        )
-        if self._random is not None:
-            worth = self._shuffle(worth)
-        capacity = pool.frame_count // pool.head_num
-        shares = equal_shares(rows.n_pages, capacity)
-        # By a threshold heads select from few to many blocks; by a budget each as many as the others (docs/LOG.md).
-        joint = self.config.threshold is not None
-        wanted = wanted_blocks(worth, rows.pages, shares, pool.host.pages, capacity, joint)
+        wanted = self.idle.keep(self._wanted(rows), rows.pages)
         self.counts["exchanges"] += 1
-        wanted = self.idle.keep(wanted, rows.pages)
         if self.lane is None:
             return pool.exchange(wanted, self._most)
         arriving = pool.let_go(wanted)
@@ -341,6 +324,31 @@ class Coordinator:
         others = arriving & ~newest[:, None]
         more = (others.flatten(1).sum(1) > self._most).any()
         self.lane.start(pool.residency.reserve(others, self._most), more)
+
+    def _wanted(self, rows) -> torch.Tensor:
+        """The blocks of these requests that should be resident; `[layers, all_pages, kv_heads]` bool."""
+        pool = self.pool
+        capacity = pool.frame_count // pool.head_num
+        shares = equal_shares(rows.n_pages, capacity)
+        # By a threshold heads select from few to many blocks; by a budget each as many as the others (docs/LOG.md).
+        joint = self.config.threshold is not None
+        some, wanted = layers_at_once(rows.pages, pool.head_num), []
+        for importance, frame_of in zip(pool.importance.split(some), pool.residency.frame_of.split(some), strict=True):
+            worth = rank_blocks(
+                importance,
+                frame_of >= 0,
+                rows.pages,
+                rows.valid,
+                rows.forced,
+                ranks_by=self._ranking.ranks_by,
+                forced_only=self._ranking.forced_only,
+                # Where blocks swap at every step an exchange shares frames out, fills them and moves nothing in vain.
+                least=LEAST * self.weight if self.lane is not None else 0.0,
+            )
+            if self._random is not None:
+                worth = self._shuffle(worth)
+            wanted.append(wanted_blocks(worth, rows.pages, shares, pool.host.pages, capacity, joint))
+        return torch.cat(wanted)
 
     def _blocks(self, amount: int) -> int:
         """Blocks of each layer in so many bytes of all."""

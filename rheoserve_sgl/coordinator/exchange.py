@@ -11,6 +11,9 @@ TINY = 1e-30  # of blocks that nobody has selected yet the resident ones stay
 # steps (40 ms over PCIe), and by a step's swaps (10 ms; less where steps are shorter, see `Lane`).
 BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
 
+RANKED_BYTES = 32  # of a block that is ranked, with all that is made on the way
+RANKED_AT_ONCE = 256 << 20  # bytes, or a layer's
+
 
 def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
     """Split `capacity` pages of frames equally; what a short request cannot use goes to the others.
@@ -33,6 +36,14 @@ def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
     shares = torch.empty_like(ranked)
     shares[order] = torch.minimum(ranked, cap)
     return shares
+
+
+def layers_at_once(pages: torch.Tensor, kv_heads: int) -> int:
+    """Of how many layers the blocks of `[batch, max_pages]` pages are ranked together.
+
+    So memory is bounded where one long request decodes beside many short ones.
+    """
+    return max(RANKED_AT_ONCE // (pages.numel() * kv_heads * RANKED_BYTES), 1)
 
 
 def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_only, least: float = 0.0):

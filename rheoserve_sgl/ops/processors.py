@@ -21,6 +21,24 @@ def usable_threads() -> int:
     return max(int(min(len(os.sched_getaffinity(0)), cpu_quota())), 1)
 
 
+def own_part(masks: list[list[int]], rank: int) -> list[int]:
+    """The processors of one rank: its part of those that other ranks may use, too.
+
+    Args:
+        masks: what each rank may use. Ranks with the same processors share them; one bound to others (those of its
+            device's NUMA node, say) does not
+    """
+    mine = masks[rank]
+    sharing = [other for other, mask in enumerate(masks) if mask == mine]
+    at, ranks = sharing.index(rank), len(sharing)
+    return mine[len(mine) * at // ranks : len(mine) * (at + 1) // ranks]
+
+
+def pinned(processors: list[int], threads: int) -> list[int]:
+    """Those that so many polling threads have, one each: the last ones; none where there are too few."""
+    return processors[-threads:] if len(processors) >= threads else []
+
+
 def cpu_quota(root: Path = ROOT, own: Path = OWN) -> float:
     """Processors' worth of time that its cgroups leave this process, infinite where there is no limit; Args as in
     `own_groups`."""

@@ -15,10 +15,10 @@ from rheoserve_sgl.gate import make_gate
 from rheoserve_sgl.gate.base import Gate
 from rheoserve_sgl.gate.checkpoint import read_gate, take_heads
 from rheoserve_sgl.gate.seer import SeerGate
-from rheoserve_sgl.ops.processors import usable_threads
+from rheoserve_sgl.ops.processors import cpu_quota
 from rheoserve_sgl.refusals import model_shape, refuse_dtype, refuse_layers
 from rheoserve_sgl.runtime.memory import free_host_bytes, key_bytes, size_tiers, staging_bytes
-from rheoserve_sgl.runtime.ranks import smallest
+from rheoserve_sgl.runtime.ranks import own_processors, smallest
 from rheoserve_sgl.server_args import selects_rheoserve
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def build_allocator(original, configurator, **kwargs):
 
 def _default_threads(device) -> int:
     """This rank's part of the processors; beside a GPU some are left to SGLang's own processes."""
-    own = usable_threads() // get_world_group().world_size
+    own = int(min(len(own_processors()), cpu_quota() / get_world_group().world_size))
     return max(own if torch.device(device).type == "cpu" else own - 2, 1)
 
 

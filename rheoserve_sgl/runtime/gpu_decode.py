@@ -1,7 +1,5 @@
 """Decode on a GPU: what `ops/gpu` needs around it, for SGLang's CUDA graphs and without them."""
 
-import os
-
 import torch
 
 from rheoserve_sgl import environ
@@ -103,10 +101,3 @@ def require_answers(scheduler, batch, result, *_):
         else:
             done.synchronize()
         gpu.check()
-
-
-def rank_processors(rank: int, ranks: int, threads: int) -> list[int]:
-    """The processors of one rank's threads: its part of those that the process may use, from the end of the list."""
-    usable = sorted(os.sched_getaffinity(0))
-    part = usable[len(usable) * rank // ranks : len(usable) * (rank + 1) // ranks]
-    return part[-threads:] if len(part) >= threads else []
