@@ -171,13 +171,32 @@ void check_ids(const AttendArgs& a, const Task& task) {
     if (ids[b] < 0 || ids[b] >= blocks) refuse(a, task.pair, "block", ids[b], 0, blocks - 1);
 }
 
-// The first block of a task.
-const void* first_block(const AttendArgs& a, const Task& task) {
-  return static_cast<const char*>(a.tiers[task.tier].blocks) + *ids_of(a, task) * block_bytes(a);
-}
+// What a thread reads after a run: more of its chunk, or its next chunk, which it draws then.
+struct Following {
+  const AttendArgs& a;
+  const Workspace& w;
+  ThreadPool::Next& chunk;
+  int task;  // in `order`, or -1
 
-// Attends to the tasks of a chunk, those of one list in one run; `after` is this thread's next chunk, or -1.
-void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk, int after) {
+  // Its first block, or null: ids of another chunk are not checked yet.
+  static const void* block(void* of) {
+    const Following& self = *static_cast<Following*>(of);
+    int task = self.task;
+    if (task < 0) {
+      const int chunk = self.chunk();
+      if (chunk < 0) return nullptr;
+      task = self.w.chunks[chunk];
+    }
+    const Task& first = self.w.tasks[self.w.order[task]];
+    const Tier& tier = self.a.tiers[first.tier];
+    const int32_t id = *ids_of(self.a, first);
+    if (id < 0 || id >= tier.num_blocks) return nullptr;
+    return static_cast<const char*>(tier.blocks) + id * block_bytes(self.a);
+  }
+};
+
+// Attends to the tasks of a chunk, those of one list in one run; `next` is this thread's next chunk.
+void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk, ThreadPool::Next& next) {
   const auto task_at = [&](int i) -> const Task& { return w.tasks[w.order[i]]; };
   const auto follows = [&](int i) {  // the task before it, of the same list: their states lie one behind the other
     const Task &task = task_at(i), &before = task_at(i - 1);
@@ -186,20 +205,15 @@ void attend_chunk(const AttendArgs& a, Workspace& w, AttendRun kernel, int chunk
   int begin = w.chunks[chunk];
   const int end = w.chunks[chunk + 1];
   for (int i = begin; i < end; ++i) check_ids(a, task_at(i));
-  const void* last_next = nullptr;
-  if (after >= 0) {
-    check_ids(a, task_at(w.chunks[after]));
-    last_next = first_block(a, task_at(w.chunks[after]));
-  }
   while (begin < end) {
     const Task& task = task_at(begin);
     const Tier& tier = a.tiers[task.tier];
     int stop = begin + 1, count = task.count;
     for (; stop < end && follows(stop); ++stop) count += task_at(stop).count;
     const bool ends_list = task.begin + count == tier.counts[task.pair];
-    const void* next = stop < end ? first_block(a, task_at(stop)) : last_next;
+    Following after{a, w, next, stop < end ? stop : -1};
     kernel({a.q + static_cast<int64_t>(task.pair) * a.group * a.dim, a.scale, tier.blocks, ids_of(a, task), count,
-            ends_list ? tier.last_len[task.pair] : kBlockTokens, &task, next, a.group, a.dim,
+            ends_list ? tier.last_len[task.pair] : kBlockTokens, &task, Following::block, &after, a.group, a.dim,
             states_at(a, w, w.order[begin])});
     // Whoever finishes a pair's last task folds its states.
     if (w.left[task.pair].fetch_sub(stop - begin, std::memory_order_acq_rel) == stop - begin) finish(a, w, task.pair);
@@ -227,7 +241,7 @@ void attend(const AttendArgs& a, const Variant& variant, ThreadPool& pool, Works
     if (w.states == nullptr) throw std::bad_alloc();
   }
   const AttendRun kernel = variant.attend[static_cast<int>(a.dtype)];
-  const auto work = [&](int chunk, int after) { attend_chunk(a, w, kernel, chunk, after); };
+  const auto work = [&](int chunk, ThreadPool::Next& next) { attend_chunk(a, w, kernel, chunk, next); };
   pool.run(static_cast<int>(w.chunks.size()) - 1, std::cref(work), first);  // (a copy of it would be on the heap)
 }
 

@@ -51,7 +51,8 @@ struct Run {
   int count;
   int last_len;          // valid tokens of the last listed block, 1..64
   const Task* tasks;
-  const void* next;      // a block that will be read after this run, or null
+  const void* (*next)(void* of);  // a block that will be read after this run, or null; asked for at its last block
+  void* of;                       // its argument
   int group;
   int dim;
   float* states;         // as many as tasks, uninitialised

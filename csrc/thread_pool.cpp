@@ -98,18 +98,19 @@ ThreadPool::Ticket ThreadPool::draw(int some) {
   const auto count_of = [](uint64_t of) { return static_cast<int>(of >> kCountShift & kField); };
   const auto index_of = [](uint64_t of) { return static_cast<int>(of & kField); };
   // Not drawing where there is nothing keeps the index within its field, however often threads look.
-  if (index_of(ticket) >= count_of(ticket)) return {-1, -1, 0};
+  if (index_of(ticket) >= count_of(ticket)) return {-1, Next::kUndrawn, 0};
   ticket = tickets_.fetch_add(some, std::memory_order_acq_rel);
   const int count = count_of(ticket), index = index_of(ticket);
-  return {index < count ? index : -1, some == 2 && index + 1 < count ? index + 1 : -1, count};
+  return {index < count ? index : -1, some == 2 && index + 1 < count ? index + 1 : Next::kUndrawn, count};
 }
 
 void ThreadPool::drain() {
-  // A thread draws one ahead, but for its first where these are large. All its tickets are of one round, which cannot end
-  // before this thread tells what it did.
+  // All tickets of a thread are of one round, which cannot end before this thread tells what it did.
   const Ticket first = draw(first_.load(std::memory_order_relaxed));
-  int now = first.index, next = first.next, done = 0;
+  int now = first.index, known = first.next, done = 0;
   while (now >= 0) {
+    Next next(*this, known);
+    known = Next::kUndrawn;
     try {
       (*task_)(now, next);
     } catch (...) {
@@ -117,8 +118,7 @@ void ThreadPool::drain() {
       if (!error_) error_ = std::current_exception();
     }
     ++done;
-    now = next >= 0 ? next : done == 1 ? draw(1).index : -1;
-    if (now >= 0) next = draw(1).index;
+    now = next();
   }
   if (done > 0 && done_.fetch_add(done, std::memory_order_acq_rel) + done == first.count) done_.notify_one();
 }

@@ -24,8 +24,23 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // What to do for `index`; `next` is what the same thread will do after it, or -1: time to fetch its memory.
-  using Work = std::function<void(int index, int next)>;
+  // What the same thread will do next, or -1. It is drawn when a task asks, so that its memory can be fetched before the
+  // task ends, and else when it has ended: what a slow thread holds long before it can begin, the others wait for.
+  class Next {
+   public:
+    explicit Next(ThreadPool& pool, int known) : pool_(pool), index_(known) {}
+    int operator()() {
+      if (index_ == kUndrawn) index_ = pool_.draw(1).index;
+      return index_;
+    }
+    static constexpr int kUndrawn = -2;
+
+   private:
+    ThreadPool& pool_;
+    int index_;
+  };
+
+  using Work = std::function<void(int index, Next& next)>;
 
   // Calls task once for every index in [0, count), roughly in order, and returns when all are
   // done. A thread that has done nothing yet takes `first`, one or two, in a row (two only where there are as many for
@@ -40,7 +55,7 @@ class ThreadPool {
   void work();
   struct Ticket {
     int index;  // -1 where the round has none left
-    int next;   // the one drawn with it, or -1
+    int next;   // the one drawn with it, or kUndrawn
     int count;  // of the round
   };
   Ticket draw(int some);
@@ -68,7 +83,7 @@ void for_each(ThreadPool& pool, int count, int64_t cost, const Body& body) {
   constexpr int64_t kWorthATask = 1 << 16;
   const int64_t wanted = cost < kWorthATask ? kWorthATask / (cost > 0 ? cost : 1) : 1;
   const int step = wanted < count ? static_cast<int>(wanted) : (count > 0 ? count : 1);
-  pool.run((count + step - 1) / step, [&](int task, int) {
+  pool.run((count + step - 1) / step, [&](int task, ThreadPool::Next&) {
     const int end = (task + 1) * step < count ? (task + 1) * step : count;
     for (int i = task * step; i < end; ++i) body(i);
   });
