@@ -61,6 +61,7 @@ def test_threads_are_affinity_cut_by_the_quota(quota, expected, monkeypatch):
         ([[0, 1, 2, 3]] * 3, [[0], [1], [2, 3]]),
         ([[0, 1], [2, 3]], [[0, 1], [2, 3]]),  # each bound to its NUMA node
         ([[0, 1, 4], [2, 3], [0, 1, 4], [2, 3]], [[0], [2], [1, 4], [3]]),
+        ([[0, 1, 2, 3], [2, 3]], [[0, 1, 2], [3]]),  # one of them bound
         ([[5]], [[5]]),
     ],
 )

@@ -11,7 +11,7 @@ TINY = 1e-30  # of blocks that nobody has selected yet the resident ones stay
 # steps (40 ms over PCIe), and by a step's swaps (10 ms; less where steps are shorter, see `Lane`).
 BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
 
-RANKED_BYTES = 32  # of a block that is ranked, with all that is made on the way
+RANKED_BYTES = 64  # of a block that is ranked, with all that is made on the way
 RANKED_AT_ONCE = 256 << 20  # bytes, or a layer's
 
 

@@ -22,16 +22,22 @@ def usable_threads() -> int:
 
 
 def own_part(masks: list[list[int]], rank: int) -> list[int]:
-    """The processors of one rank: its part of those that other ranks may use, too.
+    """The processors of one rank: no other rank has them.
 
     Args:
-        masks: what each rank may use. Ranks with the same processors share them; one bound to others (those of its
-            device's NUMA node, say) does not
+        masks: what each rank may use. Those that the same ranks may use are shared by these; so a rank that is bound to
+            its device's NUMA node shares them with that node's ranks only
     """
-    mine = masks[rank]
-    sharing = [other for other, mask in enumerate(masks) if mask == mine]
-    at, ranks = sharing.index(rank), len(sharing)
-    return mine[len(mine) * at // ranks : len(mine) * (at + 1) // ranks]
+    may_use = [set(mask) for mask in masks]
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for processor in masks[rank]:
+        ranks = tuple(other for other, mask in enumerate(may_use) if processor in mask)
+        shared.setdefault(ranks, []).append(processor)
+    own = []
+    for ranks, processors in shared.items():
+        at, count = ranks.index(rank), len(processors)
+        own += processors[count * at // len(ranks) : count * (at + 1) // len(ranks)]
+    return sorted(own)
 
 
 def pinned(processors: list[int], threads: int) -> list[int]:

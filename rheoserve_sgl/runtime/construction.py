@@ -123,8 +123,8 @@ def build_allocator(original, configurator, **kwargs):
 
 
 def _default_threads(device) -> int:
-    """This rank's part of the processors; beside a GPU some are left to SGLang's own processes."""
-    own = int(min(len(own_processors()), cpu_quota() / get_world_group().world_size))
+    """A rank's part of the processors, alike for all; beside a GPU some are left to SGLang's own processes."""
+    own = int(*smallest([min(len(own_processors()), cpu_quota() / get_world_group().world_size)]))
     return max(own if torch.device(device).type == "cpu" else own - 2, 1)
 
 
