@@ -110,14 +110,14 @@ def kernel_rate(store, visits, group: int, threads: int, variant: str) -> float:
     return listed_bytes(store, visits[0]) / took
 
 
-def asked_rate(store, visits, group: int, threads: int) -> float:
-    """As `kernel_rate`, of requests through memory, without the way there and back."""
+def asked_rate(store, visits, group: int, threads: int, processors: list[int]) -> float:
+    """As `kernel_rate`, of requests through memory, without the way there and back, by threads pinned to these."""
     dim = store.shape[-1]
     batch, _, count = visits[0].blocks.shape
     exchange = Exchange.make(batch, KV_HEADS, group, dim, count, pin=False)
     exchange.q.copy_(torch.randn(exchange.q.shape).bfloat16())
     exchange.batch[0] = batch
-    doorbell = Doorbell(exchange, [store], dim**-0.5, threads, pinned(sorted(os.sched_getaffinity(0)), threads))
+    doorbell = Doorbell(exchange, [store], dim**-0.5, threads, processors)
     asked, answered = exchange.bell[0].numpy(), exchange.bell[1].numpy()
     times = []
     doorbell.expect(len(visits))
@@ -187,7 +187,7 @@ def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str
         rates = {"stream_alike": stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))}
         for variant in args.variants:
             rates[variant] = kernel_rate(store, make_visits(store, batch, args.blocks), group, threads, variant)
-    rates["asked"] = asked_rate(store, make_visits(store, batch, args.blocks), group, threads)
+    rates["asked"] = asked_rate(store, make_visits(store, batch, args.blocks), group, threads, processors)
     with on(processors):
         return rates | {"stream": (before + stream_rate(store, threads)) / 2}
 

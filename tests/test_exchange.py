@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import LAYERS, make_pool
 
-from rheoserve_sgl.coordinator import exchange
+from rheoserve_sgl.coordinator import coordinator
 from rheoserve_sgl.coordinator.exchange import equal_shares, layers_at_once, rank_blocks, wanted_blocks
 from rheoserve_sgl.runtime.batch import Batch
 
@@ -117,12 +117,12 @@ def test_a_layer_at_a_time_wants_the_same(monkeypatch):
     pool.importance.uniform_()
     table = torch.arange(64, 64 * 33, dtype=torch.int32).view(1, -1).repeat(2, 1)
     table[1, : 64 * 3] += 64 * 32
-    rows = Batch.build(table, torch.tensor([0, 1]), torch.tensor([64 * 30 + 5, 150]), 64 * 30 + 5, 1, 2).beside(
-        [], 1, 2
-    )
-    assert layers_at_once(rows.pages, pool.head_num) > LAYERS
+    longest = 64 * 30 + 5
+    batch = Batch.build(table, torch.tensor([0, 1]), torch.tensor([longest, 150]), longest, 1, 2)
+    rows = batch.beside([], 1, 2)
+    assert layers_at_once(rows.pages, pool.head_num, coordinator.RANKED_AT_ONCE) > LAYERS
     together = pool.coordinator._wanted(rows)
-    monkeypatch.setattr(exchange, "RANKED_AT_ONCE", 1)
-    assert layers_at_once(rows.pages, pool.head_num) == 1
+    monkeypatch.setattr(coordinator, "RANKED_AT_ONCE", 1)
+    assert layers_at_once(rows.pages, pool.head_num, coordinator.RANKED_AT_ONCE) == 1
     assert together.any(2).any(1).all()
     assert torch.equal(pool.coordinator._wanted(rows), together)

@@ -18,6 +18,7 @@ from rheoserve_sgl.coordinator.attended import Attended
 from rheoserve_sgl.coordinator.exchange import (
     BEFORE_BYTES,
     BESIDE_BYTES,
+    RANKED_AT_ONCE,
     equal_shares,
     layers_at_once,
     rank_blocks,
@@ -332,7 +333,7 @@ class Coordinator:
         shares = equal_shares(rows.n_pages, capacity)
         # By a threshold heads select from few to many blocks; by a budget each as many as the others (docs/LOG.md).
         joint = self.config.threshold is not None
-        some, wanted = layers_at_once(rows.pages, pool.head_num), []
+        some, wanted = layers_at_once(rows.pages, pool.head_num, RANKED_AT_ONCE), []
         for importance, frame_of in zip(pool.importance.split(some), pool.residency.frame_of.split(some), strict=True):
             worth = rank_blocks(
                 importance,

@@ -11,8 +11,8 @@ TINY = 1e-30  # of blocks that nobody has selected yet the resident ones stay
 # steps (40 ms over PCIe), and by a step's swaps (10 ms; less where steps are shorter, see `Lane`).
 BEFORE_BYTES, BESIDE_BYTES, SWAP_BYTES = 256 << 20, 2 << 30, 512 << 20
 
-RANKED_BYTES = 64  # of a block that is ranked, with all that is made on the way
-RANKED_AT_ONCE = 256 << 20  # bytes, or a layer's
+# Blocks that are ranked at once, some 64 bytes each with all that is made on the way; or a layer's.
+RANKED_AT_ONCE = 1 << 22
 
 
 def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -38,12 +38,12 @@ def equal_shares(n_pages: torch.Tensor, capacity: int) -> torch.Tensor:
     return shares
 
 
-def layers_at_once(pages: torch.Tensor, kv_heads: int) -> int:
-    """Of how many layers the blocks of `[batch, max_pages]` pages are ranked together.
+def layers_at_once(pages: torch.Tensor, kv_heads: int, most: int) -> int:
+    """How many layers have `most` blocks of `[batch, max_pages]` pages, padding included; at least one.
 
-    So memory is bounded where one long request decodes beside many short ones.
+    Going through layers in such parts takes bounded memory, where one long request decodes beside many short ones, too.
     """
-    return max(RANKED_AT_ONCE // (pages.numel() * kv_heads * RANKED_BYTES), 1)
+    return max(most // (pages.numel() * kv_heads), 1)
 
 
 def rank_blocks(importance, resident, pages, valid, forced, *, ranks_by, forced_only, least: float = 0.0):

@@ -2,12 +2,14 @@
 
 import torch
 
+from rheoserve_sgl.coordinator.exchange import layers_at_once
+
 # A block belongs to the working set if it was selected in the last steps, this many. With more of them fewer blocks are
 # missed, and fewer requests decode at once: of a recorded trace five steps select 1.8 times what one does, and frames
 # for that many miss 9% of it; eight 2.1 times, and 7% (docs/LOG.md has the reckoning).
 STEPS = 5
 UNKNOWN = -1.0
-# Blocks that are looked at at once, padding included, for which there has to be memory: layers go in parts.
+# Blocks that are looked at at once, for which there has to be memory.
 MOST_AT_ONCE = 1 << 24
 
 
@@ -38,7 +40,7 @@ class WorkingSets:
         """
         layers, _, kv_heads = importance.shape
         valid = batch.valid[None, :, :, None]
-        some = max(MOST_AT_ONCE // (batch.pages.numel() * kv_heads), 1)  # layers
+        some = layers_at_once(batch.pages, kv_heads, MOST_AT_ONCE)
         selected = sum(((part[:, batch.pages] >= recent) & valid).sum((0, 2, 3)) for part in importance.split(some))
         pages = selected.float() / (layers * kv_heads)
         if frame_of is not None:
