@@ -3,12 +3,14 @@
 Decode attention over random 64-token blocks of a bf16 store that is several times the last-level cache, each
 KV head with a list of its own. "GB/s" counts every listed block once, however many query heads read it. The limit
 is a plain streaming read of the same store by the same threads, measured around each case in the same run, of 512 MiB
-a call ("stream") and of as many bytes a call as the case reads (of short calls waking the threads is a good part);
-another limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic
-allows. Where there are more processors than threads, stream and kernels have those that the threads asked through
-memory are pinned to: where other guests share cores, processors differ. Rates and shares of the stream ("shares",
-"asked" for the default variant's) are medians of `--rounds`, each of which measures the stream, the kernels and what is
-asked: where a machine is shared, one thread's speed changes by half within a second.
+a call ("stream") and of as many bytes a call as the case reads: by threads that each call wakes ("stream_called", of
+short calls a good part), as for "kernels", and by threads that poll ("stream_alike"), as for "asked". Another limit,
+"cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic allows.
+Where there are more processors than threads, stream and kernels have those that the threads asked through memory are
+pinned to: where other guests share cores, processors differ. Rates and shares of the stream ("shares", "asked" for the
+default variant's, and "share_alike" of what is asked to "stream_alike") are medians of `--rounds`, each of which
+measures the stream, the kernels and what is asked: where a machine is shared, one thread's speed changes by half within
+a second.
 "asked" is the default variant asked through memory, as by a GPU: threads that poll, pinned, timed from the thread that
 sees the request to the one that answers, so without the call and the waking that "kernels" have, and without PCIe.
 Beside it: torch's scaled_dot_product_attention, and SGLang's torch_native decode attention. The last line of the
@@ -86,14 +88,20 @@ def seconds(calls) -> float:
     return statistics.median(times[1:])
 
 
-def stream_rate(store: torch.Tensor, threads: int, part: int = 512 << 20, calls: int = 6) -> float:
-    """Of reading `part` bytes a call, each from another place."""
+def stream_rate(
+    store: torch.Tensor, threads: int, part: int = 512 << 20, calls: int = 6, polling: bool = False
+) -> float:
+    """Of reading `part` bytes a call, each from another place, by threads that sleep or poll between the calls."""
     size = store.nbytes >> 20 << 20
     part = min(size, part)
     pool = worker_pool(threads)
     apart = max(part, size // calls)
     offsets = [i * apart % (size - part + 1) >> 20 << 20 for i in range(calls)]
-    return part / seconds([lambda o=o: pool.stream_read(store.data_ptr() + o, part) for o in offsets])
+    pool.keep_polling(polling)
+    try:
+        return part / seconds([lambda o=o: pool.stream_read(store.data_ptr() + o, part) for o in offsets])
+    finally:
+        pool.keep_polling(False)
 
 
 def listed_bytes(store: torch.Tensor, visit: Visit) -> int:
@@ -179,12 +187,16 @@ def on(processors: list[int]):
 
 def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str, float]:
     """Each kernel's rate and, as "asked", the default's, all with lists of their own: none reads what another left in a
-    cache. As "stream" and "stream_alike" what is read around them, and of as much a call."""
+    cache. As "stream", "stream_called" and "stream_alike" what is read around them, and of as much a call."""
     read = batch * KV_HEADS * args.blocks * store[0].nbytes
     processors = pinned(sorted(os.sched_getaffinity(0)), threads)
     with on(processors):
         before = stream_rate(store, threads)
-        rates = {"stream_alike": stream_rate(store, threads, read, CALLS.get(batch, FEWEST_CALLS))}
+        calls = CALLS.get(batch, FEWEST_CALLS)
+        rates = {
+            name: stream_rate(store, threads, read, calls, polling)
+            for name, polling in (("stream_called", False), ("stream_alike", True))
+        }
         for variant in args.variants:
             rates[variant] = kernel_rate(store, make_visits(store, batch, args.blocks), group, threads, variant)
     rates["asked"] = asked_rate(store, make_visits(store, batch, args.blocks), group, threads, processors)
@@ -202,6 +214,7 @@ def measure_case(store, batch: int, group: int, threads: int, args) -> dict:
         "group": group,
         "batch": batch,
         "stream": rates["stream"],
+        "stream_called": rates["stream_called"],
         "stream_alike": rates["stream_alike"],
         "kernels": {variant: rates[variant] for variant in args.variants},
         "asked": {cpu_variant(): rates["asked"]},
@@ -209,6 +222,7 @@ def measure_case(store, batch: int, group: int, threads: int, args) -> dict:
             name: statistics.median(each[name] / each["stream"] for each in rounds)
             for name in (*args.variants, "asked")
         },
+        "share_alike": statistics.median(each["asked"] / each["stream_alike"] for each in rounds),
     }
 
 
@@ -218,7 +232,8 @@ def told(row: dict) -> str:
     beside = "  ".join(f"{name} {rate / 1e9:.1f}" for name, rate in row["peers"].items())
     return (
         f"d {row['dim']:3d} threads {row['threads']:2d} group {row['group']:2d} batch {row['batch']:2d}: stream "
-        f"{row['stream'] / 1e9:5.1f} GB/s  of as much a call {row['stream_alike'] / 1e9:5.1f}  {shares}  {beside}"
+        f"{row['stream'] / 1e9:5.1f} GB/s  of as much a call {row['stream_called'] / 1e9:5.1f}, by threads that poll "
+        f"{row['stream_alike'] / 1e9:5.1f} (asked {row['share_alike']:.0%})  {shares}  {beside}"
     )
 
 

@@ -104,6 +104,8 @@ class Workers {
     return rheo::stream_read(pointer<const void>(data, "data"), bytes, pool_);
   }
 
+  void keep_polling(bool on) { pool_.keep_polling(on); }
+
   void touch(uintptr_t data, int64_t bytes) {
     py::gil_scoped_release release;
     rheo::first_touch(pointer<void>(data, "data"), bytes, pool_);
@@ -277,6 +279,8 @@ PYBIND11_MODULE(_C, m) {
       .def("gate_queries", &gate_queries, "Queries of the learned gate.")
       .def("stream_read", &Workers::stream_read, py::arg("data"), py::arg("bytes"),
            "Reads memory on all threads, and sums it: the rate that attention is measured against.")
+      .def("keep_polling", &Workers::keep_polling, py::arg("on"),
+           "Whether idle threads poll for work instead of sleeping, as between a decode step's requests.")
       .def("touch", &Workers::touch, py::arg("data"), py::arg("bytes"),
            "Writes zeros to memory that is zero already, so that all its pages are mapped.")
       .def("attend", &Workers::attend, "Attention over listed blocks.", py::arg("attention"));

@@ -9,7 +9,7 @@
 namespace rheo {
 namespace {
 
-constexpr int64_t kChunk = 1 << 20;
+constexpr int64_t kLongPart = 1 << 20, kShortPart = kLongPart / 4;
 
 RHEO_CLONES uint64_t sum(const uint64_t* words, int64_t count) {
   uint64_t sums[32] = {};
@@ -24,9 +24,11 @@ RHEO_CLONES uint64_t sum(const uint64_t* words, int64_t count) {
 
 uint64_t stream_read(const void* data, int64_t bytes, ThreadPool& pool) {
   std::atomic<uint64_t> total{0};
-  pool.run(static_cast<int>(bytes / kChunk), [&](int i, ThreadPool::Next&) {
-    const char* chunk = static_cast<const char*>(data) + i * kChunk;
-    total.fetch_add(sum(reinterpret_cast<const uint64_t*>(chunk), kChunk / 8), std::memory_order_relaxed);
+  // A short read in long parts would end with the slowest thread's.
+  const int64_t part = bytes >= 16 * kLongPart * pool.size() ? kLongPart : kShortPart;
+  pool.run(static_cast<int>(bytes / part), [&](int i, ThreadPool::Next&) {
+    const char* begin = static_cast<const char*>(data) + i * part;
+    total.fetch_add(sum(reinterpret_cast<const uint64_t*>(begin), part / 8), std::memory_order_relaxed);
   });
   return total.load();
 }

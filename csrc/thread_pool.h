@@ -28,7 +28,7 @@ class ThreadPool {
   // task ends, and else when it has ended: what a slow thread holds long before it can begin, the others wait for.
   class Next {
    public:
-    explicit Next(ThreadPool& pool, int known) : pool_(pool), index_(known) {}
+    Next(ThreadPool& pool, int known) : pool_(pool), index_(known) {}
     int operator()() {
       if (index_ == kUndrawn) index_ = pool_.draw(1).index;
       return index_;

@@ -4,6 +4,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from rheoserve_sgl.ops import workers
 from rheoserve_sgl.ops.extension import extension
@@ -61,3 +62,17 @@ def test_variant_override(monkeypatch):
     cpu_variant.cache_clear()
     with pytest.raises(ValueError, match="RHEOSERVE_CPU_VARIANT is 'sve'.*legal: .*scalar"):
         worker_pool(3)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mebibytes", [1, 3, 40])
+def test_a_streaming_read_sums_all_words(threads, mebibytes):
+    """By threads that sleep between calls and by threads that poll."""
+    words = torch.randint(-(2**62), 2**62, (mebibytes << 17,))
+    pool = worker_pool(threads)
+    for polling in (False, True):
+        pool.keep_polling(polling)
+        try:
+            assert pool.stream_read(words.data_ptr(), words.nbytes) == words.sum().item() % 2**64
+        finally:
+            pool.keep_polling(False)

@@ -196,7 +196,7 @@ void attend_run(const Run& run) {
     math.logits(keys, tokens, weights, ahead);
     soften<typename Math::Vector, sizeof(T) == 2>(weights, math.width, run, tokens, state, rescale, ahead);
     ahead.rest();
-    const char* following = reinterpret_cast<const char*>(b + 1 < run.count ? block(b + 1) : run.next(run.of));
+    const char* following = static_cast<const char*>(b + 1 < run.count ? block(b + 1) : run.next(run.of));
     Ahead next;
     if (following != nullptr) next = {following, following + half_bytes, following + half_bytes, following + half_bytes + early};
     math.values(weights, keys + half, tokens, rescale, next);
