@@ -72,7 +72,8 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
 
 @pytest.mark.gpu
 def test_a_server_on_a_gpu_selects_what_the_gate_says(gate, checkpoints, tmp_path):
-    """In fp16, so up to where the two best tokens are within rounding."""
+    """In fp16, where rounding decides a selection now and then, and with it a token: of the answers' 280 some 15 differ (on a
+    CPU, too). One layer's gate in place of another's changes a hundred and more."""
     args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-token-budget", "384"]
     args += [*SELECTED, "--dtype", "float16"]
     model, prompts = checkpoints.path(), random_prompts(8, (700, 1000))
@@ -84,7 +85,7 @@ def test_a_server_on_a_gpu_selects_what_the_gate_says(gate, checkpoints, tmp_pat
         reference = GatedModel(model, gates, budget=6, sink=1, window=1)
         told = [reference.greedy(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         same.append((torch.tensor(told) == torch.tensor(answers)).float().mean().item())
-    assert same[0] > 0.95 > 0.8 > same[1], same
+    assert same[0] > 0.88 > 0.6 > same[1], same
 
 
 @pytest.mark.server
