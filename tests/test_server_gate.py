@@ -72,8 +72,8 @@ def test_a_server_selects_what_the_gate_says(mode, gate, checkpoints, tmp_path):
 
 @pytest.mark.gpu
 def test_a_server_on_a_gpu_selects_what_the_gate_says(gate, checkpoints, tmp_path):
-    """In fp16, where rounding decides a selection now and then, and with it a token: some 15 of the answers' 280 differ,
-    on a CPU, too. One layer's gate in place of another's changes a hundred and more."""
+    """In fp16, where rounding decides a selection now and then, and with it a token: some 15 of the answers' 280
+    differ, on a CPU, too. One layer's gate in place of another's changes a hundred and more."""
     args = ["--rheoserve-mode", "retrieval", "--rheoserve-gate-path", str(gate), "--rheoserve-token-budget", "384"]
     args += [*SELECTED, "--dtype", "float16"]
     model, prompts = checkpoints.path(), random_prompts(8, (700, 1000))
