@@ -3,9 +3,9 @@
 Decode attention over random 64-token blocks of a bf16 store that is several times the last-level cache, each
 KV head with a list of its own. "GB/s" counts every listed block once, however many query heads read it. The limit
 is a plain streaming read of the same store by the same threads, measured around each case in the same run, of 512 MiB
-a call ("stream") and of as many bytes a call as the case reads: by threads that each call wakes ("stream_called", of
-short calls a good part), as for "kernels", and by threads that poll ("stream_alike"), as for "asked". Another limit,
-"cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic allows.
+a call ("stream") and of as many bytes a call as the case reads: by threads that each call wakes ("stream_called"; of a
+short call waking is a good part), as for "kernels", and by threads that poll ("stream_alike"), as for "asked". Another
+limit, "cached", is the same kernel over lists of few blocks, which stay in the caches: what its arithmetic allows.
 Where there are more processors than threads, stream and kernels have those that the threads asked through memory are
 pinned to: where other guests share cores, processors differ. Rates and shares of the stream ("shares", "asked" for the
 default variant's, and "share_alike" of what is asked to "stream_alike") are medians of `--rounds`, each of which
@@ -194,8 +194,8 @@ def measure_round(store, batch: int, group: int, threads: int, args) -> dict[str
         before = stream_rate(store, threads)
         calls = CALLS.get(batch, FEWEST_CALLS)
         rates = {
-            name: stream_rate(store, threads, read, calls, polling)
-            for name, polling in (("stream_called", False), ("stream_alike", True))
+            "stream_called": stream_rate(store, threads, read, calls),
+            "stream_alike": stream_rate(store, threads, read, calls, polling=True),
         }
         for variant in args.variants:
             rates[variant] = kernel_rate(store, make_visits(store, batch, args.blocks), group, threads, variant)
